@@ -1,0 +1,17 @@
+// What an instruction set's .cpp includes before it opens its target region. Functions of the standard library are
+// shared with every other file of the program, so they must be compiled for the baseline.
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <type_traits>
+
+#include "../../kernels.h"
+#include "../../philox.h"
+#include "../table.h"

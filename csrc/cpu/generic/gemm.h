@@ -1,0 +1,349 @@
+// Matrix products C[rows, columns] += X[rows, Q] * panel[Q, columns], in registers.
+//
+//                    columns
+//              ┌───────────────┐
+//              │     panel     │ Q    packed: the reduction runs down, one row of `tile_vectors` vectors a step,
+//              └───────────────┘      read from L2 and used for every row of X
+//        Q     ┌───────────────┐
+//   rows ─────►│ accumulators  │      tile_rows x tile_vectors vectors, never in memory while Q lasts
+//              └───────────────┘
+//
+// An element of X is broadcast from memory, so X is read in place whatever its row stride. A "mode" says what one
+// step does: Widened multiplies and adds in fp32, PairDot takes two bf16 of X and of the panel in one instruction.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "convert.h"
+
+namespace peftfast::cpu {
+namespace {
+
+template <class S>
+constexpr int64_t tile_columns = S::tile_vectors * S::width;
+
+// The same pointer, but the compiler cannot know it.
+template <class T>
+PEFTFAST_INLINE const T* hidden(const T* p) {
+  asm volatile("" : "+r"(p));
+  return p;
+}
+
+// The first n of `width` values, the rest zero.
+template <class S, class T>
+PEFTFAST_INLINE typename S::F load_first(const T* p, int64_t n) {
+  T values[S::width] = {};
+  std::memcpy(values, p, n * sizeof(T));
+  return S::load(values);
+}
+
+template <class S, class T>
+PEFTFAST_INLINE void store_first(T* p, typename S::F x, int64_t n) {
+  T values[S::width];
+  S::store(values, x);
+  std::memcpy(p, values, n * sizeof(T));
+}
+
+template <class S, int rows>
+using Accumulators = typename S::F[rows][S::tile_vectors];
+
+template <class S, int rows>
+PEFTFAST_INLINE void clear(Accumulators<S, rows>& c) {
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < S::tile_vectors; ++j) c[i][j] = S::zero();
+}
+
+template <class S, int rows>
+PEFTFAST_INLINE void load_tile(Accumulators<S, rows>& c, const float* p, int64_t ld) {
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < S::tile_vectors; ++j) c[i][j] = S::load(p + i * ld + j * S::width);
+}
+
+template <class S, int rows>
+PEFTFAST_INLINE void store_tile(const Accumulators<S, rows>& c, float* p, int64_t ld) {
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < S::tile_vectors; ++j) S::store(p + i * ld + j * S::width, c[i][j]);
+}
+
+// fp32 multiply-add of X in XT with a panel in BT, both widened as they are loaded. A step takes one element of
+// each row of X; two when XT is bf16, because a pair is broadcast by one load and parted by one operation each.
+template <class Simd, class XT, class BT>
+struct Widened {
+  using S = Simd;
+  using X = XT;
+  using Panel = BT;
+  static constexpr int unit = std::is_same_v<XT, bf16> ? 2 : 1;   // reduction elements a step
+  static constexpr int panel_rows = unit;                         // rows of the panel a step
+
+  template <int rows>
+  PEFTFAST_INLINE static void step(Accumulators<S, rows>& c, const XT* x, int64_t ldx, const BT* panel, int64_t ldp) {
+    if constexpr (unit == 2) {
+      half<rows>(c, panel, [&](int i) { return S::set1_first(x + i * ldx); });
+      const XT* again = hidden(x);   // each pair is loaded again: kept for both halves they would fill the registers
+      half<rows>(c, panel + ldp, [&](int i) { return S::set1_second(again + i * ldx); });
+    } else if constexpr (std::is_same_v<XT, float>) {
+      half<rows>(c, panel, [&](int i) { return S::set1(x[i * ldx]); });
+    } else {
+      half<rows>(c, panel, [&](int i) { return S::set1(x + i * ldx); });
+    }
+  }
+
+ private:
+  template <int rows, class Broadcast>
+  PEFTFAST_INLINE static void half(Accumulators<S, rows>& c, const BT* panel, Broadcast broadcast) {
+    typename S::F b[S::tile_vectors];
+    for (int j = 0; j < S::tile_vectors; ++j) b[j] = S::load(panel + j * S::width);
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+      const typename S::F x = broadcast(i);
+      for (int j = 0; j < S::tile_vectors; ++j) {
+        c[i][j] = S::fma(x, b[j], c[i][j]);
+        if constexpr (unit == 2) c[i][j] = S::now(c[i][j]);
+      }
+    }
+  }
+};
+
+// Two bf16 of X times two of the panel a step; a lane of the panel holds both.
+template <class Simd>
+struct PairDot {
+  using S = Simd;
+  using X = bf16;
+  using Panel = uint32_t;
+  static constexpr int unit = 2, panel_rows = 1;
+
+  template <int rows>
+  PEFTFAST_INLINE static void step(Accumulators<S, rows>& c, const bf16* x, int64_t ldx, const uint32_t* panel,
+                                   int64_t) {
+    typename S::Pairs b[S::tile_vectors];
+    for (int j = 0; j < S::tile_vectors; ++j) b[j] = S::load_pairs(panel + j * S::width);
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+      const typename S::Pairs pair = S::set1_pairs(x + i * ldx);
+      for (int j = 0; j < S::tile_vectors; ++j) c[i][j] = S::dot(pair, b[j], c[i][j]);
+    }
+  }
+};
+
+template <class S, class T, bool = S::has_bf16_dot && std::is_same_v<T, bf16>>
+struct BaseMode {
+  using type = Widened<S, T, float>;
+};
+template <class S, class T>
+struct BaseMode<S, T, true> {
+  using type = PairDot<S>;
+};
+
+// c += X * panel over Q elements of each row. `ldx` parts the rows of X and `stride_x` the elements of a row;
+// `ldp` parts the rows of the panel. An odd Q in a mode of pairs ends on a zero, in X here and in the panel by packing.
+template <class Mode, int rows>
+PEFTFAST_INLINE void multiply_add(Accumulators<typename Mode::S, rows>& c, const typename Mode::X* x, int64_t ldx,
+                                  int64_t stride_x, const typename Mode::Panel* panel, int64_t ldp, int64_t Q) {
+  const int64_t steps = Q / Mode::unit;
+  for (int64_t s = 0; s < steps; ++s)
+    Mode::template step<rows>(c, x + s * Mode::unit * stride_x, ldx, panel + s * Mode::panel_rows * ldp, ldp);
+  if constexpr (Mode::unit == 2) {
+    if (Q % 2) {
+      bf16 last[rows][2];
+      for (int i = 0; i < rows; ++i) last[i][0] = x[i * ldx + Q - 1], last[i][1] = bf16{0};
+      Mode::template step<rows>(c, last[0], 2, panel + steps * Mode::panel_rows * ldp, ldp);
+    }
+  }
+}
+
+// An fp32 sum of Q terms in one chain loses as many bits as log2(Q) / 2 or so. Where the result stays fp32, chains are
+// this long and their sums are added up, which keeps the error at that of the best blocked BLAS.
+constexpr int64_t chain = 128;
+
+// multiply_add, but each accumulator adds up chains.
+template <class Mode, int rows>
+PEFTFAST_INLINE void multiply_add_in_chains(Accumulators<typename Mode::S, rows>& c, const typename Mode::X* x,
+                                            int64_t ldx, int64_t stride_x, const typename Mode::Panel* panel,
+                                            int64_t ldp, int64_t Q) {
+  using S = typename Mode::S;
+  static_assert(Mode::unit == 1);
+  alignas(64) float sums[rows * tile_columns<S>];
+  for (int64_t q = 0; q < Q; q += chain) {
+    store_tile<S, rows>(c, sums, tile_columns<S>);
+    clear<S, rows>(c);
+    multiply_add<Mode, rows>(c, x + q * stride_x, ldx, stride_x, panel + q * ldp, ldp, std::min(chain, Q - q));
+    for (int i = 0; i < rows; ++i)
+      for (int j = 0; j < S::tile_vectors; ++j)
+        c[i][j] = S::add(c[i][j], S::load(sums + i * tile_columns<S> + j * S::width));
+  }
+}
+
+// Calls f(std::integral_constant<int, rows>) for a row count known only at run time.
+template <int most, class F>
+PEFTFAST_INLINE void with_rows(int64_t rows, F f) {
+  if constexpr (most == 1) {
+    f(std::integral_constant<int, 1>{});
+  } else {
+    if (rows == most)
+      f(std::integral_constant<int, most>{});
+    else
+      with_rows<most - 1>(rows, f);
+  }
+}
+
+// ---- packing ---------------------------------------------------------------------------------------------------
+// A panel of `columns` <= panel width columns, cut into sub-panels of one tile's columns; each is [rows of the
+// reduction, tile_columns], zero beyond the matrix and, for an odd Q in a mode of pairs, in the last half step.
+
+// From W whose reduction is contiguous, element (q, p) at w[p * ldw + q]: blocks are transposed in registers. Pairs
+// of bf16 are moved as if they were floats.
+template <class Mode, class T>
+void pack_transposed(const T* w, int64_t ldw, int64_t columns, int64_t Q, typename Mode::Panel* panel,
+                     int64_t subpanel_size) {
+  using S = typename Mode::S;
+  constexpr bool pairs = std::is_same_v<typename Mode::Panel, uint32_t>;
+  constexpr int64_t per_row = pairs ? 2 : 1;   // elements of W in one row of the panel
+  constexpr int64_t NR = tile_columns<S>;
+  const int64_t panel_rows = (Q + Mode::unit - 1) / Mode::unit * Mode::panel_rows;
+  float* out = reinterpret_cast<float*>(panel);
+  for (int64_t p = 0; p < (columns + NR - 1) / NR * NR; p += S::width) {
+    float* column = out + p / NR * subpanel_size + p % NR;
+    for (int64_t row = 0; row < panel_rows; row += S::width) {
+      const int64_t q = row * per_row, elements = std::min<int64_t>(S::width * per_row, Q - q);
+      typename S::F block[S::width];
+      for (int i = 0; i < S::width; ++i) {
+        const T* source = w + (p + i) * ldw + q;
+        if (p + i >= columns || elements <= 0) {
+          block[i] = S::zero();
+        } else if constexpr (pairs) {
+          if (elements == S::width * per_row) {
+            block[i] = S::load(reinterpret_cast<const float*>(source));
+          } else {
+            float values[S::width] = {};
+            std::memcpy(values, source, elements * sizeof(T));
+            block[i] = S::load(values);
+          }
+        } else {
+          block[i] = elements == S::width ? S::load(source) : load_first<S>(source, elements);
+        }
+      }
+      S::transpose(block);
+      const int64_t rows = std::min<int64_t>(S::width, panel_rows - row);
+      for (int64_t i = 0; i < rows; ++i) S::store(column + (row + i) * NR, block[i]);
+    }
+  }
+}
+
+// From W whose columns are contiguous, element (q, p) at w[q * ldw + p].
+template <class Mode, class T>
+void pack_straight(const T* w, int64_t ldw, int64_t columns, int64_t Q, typename Mode::Panel* panel,
+                   int64_t subpanel_size) {
+  using S = typename Mode::S;
+  constexpr int64_t NR = tile_columns<S>;
+  if constexpr (std::is_same_v<typename Mode::Panel, uint32_t>) {
+    const bf16 zeros[S::width] = {};
+    for (int64_t q = 0; q < Q; q += 2)
+      for (int64_t p = 0; p < (columns + NR - 1) / NR * NR; p += S::width) {
+        const bf16 *first = w + q * ldw + p, *second = q + 1 < Q ? first + ldw : zeros;
+        bf16 first_values[S::width] = {}, second_values[S::width] = {};
+        if (p + S::width > columns) {
+          const int64_t n = std::max<int64_t>(0, columns - p);
+          if (n > 0) std::memcpy(first_values, first, n * sizeof(bf16)), first = first_values;
+          if (n > 0) std::memcpy(second_values, second, n * sizeof(bf16)), second = second_values;
+          if (n == 0) first = second = zeros;
+        }
+        uint32_t* out = panel + p / NR * subpanel_size + q / 2 * NR + p % NR;
+        const auto zipped = S::zip(first, second);
+        std::memcpy(out, &zipped, sizeof(zipped));
+      }
+  } else {
+    const int64_t padded = (Q + Mode::unit - 1) / Mode::unit * Mode::unit;
+    for (int64_t q = 0; q < padded; ++q)
+      for (int64_t p = 0; p < (columns + NR - 1) / NR * NR; p += S::width) {
+        const int64_t n = q < Q ? columns - p : 0;
+        const T* source = w + q * ldw + p;
+        S::store(panel + p / NR * subpanel_size + q * NR + p % NR,
+                 n >= S::width ? S::load(source) : n > 0 ? load_first<S>(source, n) : S::zero());
+      }
+  }
+}
+
+// ---- dot products ----------------------------------------------------------------------------------------------
+// Where few rows meet a matrix whose reduction is contiguous, nothing is packed: both are read along the reduction
+// and each product is summed across its lanes at the end.
+
+template <class S, class T, bool = S::has_bf16_dot && std::is_same_v<T, bf16>>
+struct DotMode {   // X in fp32, W widened as it is loaded
+  using X = float;
+  using Vector = typename S::F;
+  static constexpr int width = S::width;
+  PEFTFAST_INLINE static Vector load_x(const float* p) { return S::load(p); }
+  PEFTFAST_INLINE static Vector load_w(const T* p) { return S::load(p); }
+  PEFTFAST_INLINE static typename S::F dot(Vector a, Vector b, typename S::F c) { return S::fma(a, b, c); }
+};
+template <class S, class T>
+struct DotMode<S, T, true> {   // both stay bf16
+  using X = bf16;
+  using Vector = typename S::Pairs;
+  static constexpr int width = 2 * S::width;
+  PEFTFAST_INLINE static Vector load_x(const bf16* p) { return S::load_pairs(p); }
+  PEFTFAST_INLINE static Vector load_w(const bf16* p) { return S::load_pairs(p); }
+  PEFTFAST_INLINE static typename S::F dot(Vector a, Vector b, typename S::F c) { return S::dot(a, b, c); }
+};
+
+// As many products with `rows` rows at a time as the register tile holds, at most 8.
+template <class S, int rows>
+constexpr int dot_columns() {
+  int columns = 8;
+  while (columns * rows > S::tile_rows * S::tile_vectors) columns /= 2;
+  return columns;
+}
+
+// out[i, j] += x[i] . w[j] for `rows` rows of X and `columns` rows of W, over Q elements; a lane adds up chains.
+template <class S, class T, int rows, int columns>
+void dot_tile(const typename DotMode<S, T>::X* x, int64_t ldx, const T* w, int64_t ldw, int64_t Q, float* out,
+              int64_t ldo) {
+  using Mode = DotMode<S, T>;
+  for (int64_t q = 0; q < Q;) {
+    typename S::F c[rows][columns];
+    for (int i = 0; i < rows; ++i)
+      for (int j = 0; j < columns; ++j) c[i][j] = S::zero();
+    const auto step = [&](auto load_x, auto load_w) __attribute__((always_inline)) {
+      typename Mode::Vector b[columns];
+      for (int j = 0; j < columns; ++j) b[j] = load_w(j);
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; ++i) {
+        const auto a = load_x(i);
+        for (int j = 0; j < columns; ++j) c[i][j] = Mode::dot(a, b[j], c[i][j]);
+      }
+    };
+    const int64_t end = std::min(q + chain * Mode::width, Q / Mode::width * Mode::width);
+    for (; q < end; q += Mode::width)
+      step([&](int i) __attribute__((always_inline)) { return Mode::load_x(x + i * ldx + q); },
+           [&](int j) __attribute__((always_inline)) { return Mode::load_w(w + j * ldw + q); });
+    if (q + Mode::width > Q && q < Q) {
+      typename Mode::X last_x[rows][Mode::width] = {};
+      T last_w[columns][Mode::width] = {};
+      for (int i = 0; i < rows; ++i) std::memcpy(last_x[i], x + i * ldx + q, (Q - q) * sizeof(last_x[0][0]));
+      for (int j = 0; j < columns; ++j) std::memcpy(last_w[j], w + j * ldw + q, (Q - q) * sizeof(T));
+      step([&](int i) __attribute__((always_inline)) { return Mode::load_x(last_x[i]); },
+           [&](int j) __attribute__((always_inline)) { return Mode::load_w(last_w[j]); });
+      q = Q;
+    }
+    for (int i = 0; i < rows; ++i)
+      for (int j = 0; j < columns; ++j) out[i * ldo + j] += S::sum(c[i][j]);
+  }
+}
+
+// out[i, j] += x[i] . w[j] for rows i < rows <= tile_rows and j < columns.
+template <class S, class T>
+void dot_rows(const typename DotMode<S, T>::X* x, int64_t ldx, int64_t rows, const T* w, int64_t ldw, int64_t columns,
+              int64_t Q, float* out, int64_t ldo) {
+  with_rows<S::tile_rows>(rows, [&](auto n) {
+    constexpr int at_once = dot_columns<S, n.value>();
+    int64_t j = 0;
+    for (; j + at_once <= columns; j += at_once)
+      dot_tile<S, T, n.value, at_once>(x, ldx, w + j * ldw, ldw, Q, out + j, ldo);
+    for (; j < columns; ++j) dot_tile<S, T, n.value, 1>(x, ldx, w + j * ldw, ldw, Q, out + j, ldo);
+  });
+}
+
+}  // namespace
+}  // namespace peftfast::cpu

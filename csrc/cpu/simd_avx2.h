@@ -1,0 +1,114 @@
+// AVX2, FMA and F16C: 8 floats. The members are described in simd_scalar.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include "generic/convert.h"
+
+namespace peftfast::cpu {
+namespace {
+
+struct Avx2 {
+  using F = __m256;
+  using U = __m256i;
+  static constexpr int width = 8;
+  // 12 accumulators, 2 vectors of the panel and 1 of X: 15 of 16 registers, and enough independent
+  // multiply-adds to cover their latency (4 cycles, two a cycle).
+  static constexpr int tile_rows = 6, tile_vectors = 2;
+  static constexpr bool has_bf16_dot = false;
+
+  PEFTFAST_INLINE static F zero() { return _mm256_setzero_ps(); }
+  PEFTFAST_INLINE static F set1(float x) { return _mm256_set1_ps(x); }
+  PEFTFAST_INLINE static F set1(const f16* x) { return _mm256_cvtph_ps(_mm_set1_epi16(static_cast<int16_t>(x->bits))); }
+  PEFTFAST_INLINE static F set1_first(const bf16* pair) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(set1_pair(pair), 16));
+  }
+  PEFTFAST_INLINE static F set1_second(const bf16* pair) {
+    return _mm256_and_ps(_mm256_castsi256_ps(set1_pair(pair)), _mm256_castsi256_ps(_mm256_set1_epi32(0xffff0000)));
+  }
+  PEFTFAST_INLINE static F load(const float* p) { return _mm256_loadu_ps(p); }
+  PEFTFAST_INLINE static F load(const bf16* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_half(p)), 16));
+  }
+  PEFTFAST_INLINE static F load(const f16* p) { return _mm256_cvtph_ps(load_half(p)); }
+  PEFTFAST_INLINE static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+  PEFTFAST_INLINE static void store(bf16* p, F x) {
+    const U bits = _mm256_castps_si256(x);
+    const U odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const U rounded =
+        _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const U is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const U result = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), is_nan);
+    store_half(p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(result, result), 0x08)));
+  }
+  PEFTFAST_INLINE static void store(f16* p, F x) { store_half(p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+  PEFTFAST_INLINE static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  PEFTFAST_INLINE static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  PEFTFAST_INLINE static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  PEFTFAST_INLINE static F now(F x) {
+    asm volatile("" : "+x"(x));
+    return x;
+  }
+  PEFTFAST_INLINE static float sum(F a) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  }
+  PEFTFAST_INLINE static void transpose(F (&r)[8]) {
+    F t[8];
+    for (int i = 0; i < 8; i += 2) {
+      t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+      t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+      r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+      r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+      r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+      r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+      t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+      t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+    }
+    for (int i = 0; i < 8; ++i) r[i] = t[i];
+  }
+  PEFTFAST_INLINE static F keep(F x, const uint32_t* words, uint32_t threshold) {
+    const U limit = _mm256_set1_epi32(static_cast<int>(threshold));
+    const U word = _mm256_loadu_si256(reinterpret_cast<const U*>(words));
+    return _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(word, limit), word)));
+  }
+
+  PEFTFAST_INLINE static U words(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
+  PEFTFAST_INLINE static U counting_from(uint32_t x) {
+    return _mm256_add_epi32(words(x), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  PEFTFAST_INLINE static U exclusive_or(U a, U b) { return _mm256_xor_si256(a, b); }
+  PEFTFAST_INLINE static void multiply(U a, uint32_t b, U& high, U& low) {
+    const U even = _mm256_mul_epu32(a, words(b)), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), words(b));
+    high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+    low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+  }
+  PEFTFAST_INLINE static void store_interleaved(uint32_t* p, U a, U b, U c, U d) {
+    const U ab_low = _mm256_unpacklo_epi32(a, b), ab_high = _mm256_unpackhi_epi32(a, b);
+    const U cd_low = _mm256_unpacklo_epi32(c, d), cd_high = _mm256_unpackhi_epi32(c, d);
+    const U lane0 = _mm256_unpacklo_epi64(ab_low, cd_low), lane1 = _mm256_unpackhi_epi64(ab_low, cd_low);
+    const U lane2 = _mm256_unpacklo_epi64(ab_high, cd_high), lane3 = _mm256_unpackhi_epi64(ab_high, cd_high);
+    U* q = reinterpret_cast<U*>(p);
+    _mm256_storeu_si256(q + 0, _mm256_permute2x128_si256(lane0, lane1, 0x20));
+    _mm256_storeu_si256(q + 1, _mm256_permute2x128_si256(lane2, lane3, 0x20));
+    _mm256_storeu_si256(q + 2, _mm256_permute2x128_si256(lane0, lane1, 0x31));
+    _mm256_storeu_si256(q + 3, _mm256_permute2x128_si256(lane2, lane3, 0x31));
+  }
+
+ private:
+  PEFTFAST_INLINE static U set1_pair(const bf16* pair) {
+    int32_t bits;
+    std::memcpy(&bits, pair, sizeof(bits));
+    return _mm256_set1_epi32(bits);
+  }
+  PEFTFAST_INLINE static __m128i load_half(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+  PEFTFAST_INLINE static void store_half(void* p, __m128i x) { _mm_storeu_si128(static_cast<__m128i*>(p), x); }
+};
+
+}  // namespace
+}  // namespace peftfast::cpu

@@ -1,0 +1,123 @@
+// AVX-512 F, BW, VL and DQ: 16 floats. The members are described in simd_scalar.h.
+#pragma once
+
+#include "generic/convert.h"
+
+namespace peftfast::cpu {
+namespace {
+
+struct Avx512 {
+  using F = __m512;
+  using U = __m512i;
+  static constexpr int width = 16;
+  // 24 accumulators, 4 vectors of the panel and 1 of X: 29 of 32 registers.
+  static constexpr int tile_rows = 6, tile_vectors = 4;
+  static constexpr bool has_bf16_dot = false;
+
+  PEFTFAST_INLINE static F zero() { return _mm512_setzero_ps(); }
+  PEFTFAST_INLINE static F set1(float x) { return _mm512_set1_ps(x); }
+  PEFTFAST_INLINE static F set1(const f16* x) {
+    return _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<int16_t>(x->bits)));
+  }
+  PEFTFAST_INLINE static F set1_first(const bf16* pair) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(set1_pair(pair), 16));
+  }
+  PEFTFAST_INLINE static F set1_second(const bf16* pair) {
+    return _mm512_castsi512_ps(_mm512_and_si512(set1_pair(pair), _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+  }
+  PEFTFAST_INLINE static F load(const float* p) { return _mm512_loadu_ps(p); }
+  PEFTFAST_INLINE static F load(const bf16* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_half(p)), 16));
+  }
+  PEFTFAST_INLINE static F load(const f16* p) { return _mm512_cvtph_ps(load_half(p)); }
+  PEFTFAST_INLINE static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  PEFTFAST_INLINE static void store(bf16* p, F x) {
+    const U bits = _mm512_castps_si512(x);
+    const U odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const U rounded =
+        _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    store_half(p, _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc0))));
+  }
+  PEFTFAST_INLINE static void store(f16* p, F x) { store_half(p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+  PEFTFAST_INLINE static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  PEFTFAST_INLINE static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  PEFTFAST_INLINE static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  PEFTFAST_INLINE static F now(F x) {
+    asm volatile("" : "+v"(x));
+    return x;
+  }
+  PEFTFAST_INLINE static float sum(F a) {
+    const __m256 low = _mm512_castps512_ps256(a), high = _mm512_extractf32x8_ps(a, 1);
+    const __m256 half = _mm256_add_ps(low, high);
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 0x55)));
+  }
+  // Four rounds that each exchange ever larger blocks: single floats, pairs, quarters, halves.
+  PEFTFAST_INLINE static void transpose(F (&r)[16]) {
+    F t[16];
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+      t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+      r[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+      r[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
+      r[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+      r[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    for (int i = 0; i < 16; i += 8)
+      for (int j = 0; j < 4; ++j) {
+        t[i + j] = _mm512_shuffle_f32x4(r[i + j], r[i + j + 4], 0x88);
+        t[i + j + 4] = _mm512_shuffle_f32x4(r[i + j], r[i + j + 4], 0xdd);
+      }
+    for (int j = 0; j < 8; ++j) {
+      r[j] = _mm512_shuffle_f32x4(t[j], t[j + 8], 0x88);
+      r[j + 8] = _mm512_shuffle_f32x4(t[j], t[j + 8], 0xdd);
+    }
+  }
+  PEFTFAST_INLINE static F keep(F x, const uint32_t* words, uint32_t threshold) {
+    const U word = _mm512_loadu_si512(words);
+    return _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(word, _mm512_set1_epi32(static_cast<int>(threshold))), x);
+  }
+
+  PEFTFAST_INLINE static U words(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
+  PEFTFAST_INLINE static U counting_from(uint32_t x) {
+    return _mm512_add_epi32(words(x), _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+  }
+  PEFTFAST_INLINE static U exclusive_or(U a, U b) { return _mm512_xor_si512(a, b); }
+  PEFTFAST_INLINE static void multiply(U a, uint32_t b, U& high, U& low) {
+    const U even = _mm512_mul_epu32(a, words(b)), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), words(b));
+    high = _mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
+    low = _mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
+  }
+  PEFTFAST_INLINE static void store_interleaved(uint32_t* p, U a, U b, U c, U d) {
+    const U ab_low = _mm512_unpacklo_epi32(a, b), ab_high = _mm512_unpackhi_epi32(a, b);
+    const U cd_low = _mm512_unpacklo_epi32(c, d), cd_high = _mm512_unpackhi_epi32(c, d);
+    // Vector i holds lanes i, i + 4, i + 8, i + 12: a 4 x 4 transpose of 128-bit blocks puts them in order.
+    const U v0 = _mm512_unpacklo_epi64(ab_low, cd_low), v1 = _mm512_unpackhi_epi64(ab_low, cd_low);
+    const U v2 = _mm512_unpacklo_epi64(ab_high, cd_high), v3 = _mm512_unpackhi_epi64(ab_high, cd_high);
+    const U w0 = _mm512_shuffle_i32x4(v0, v1, 0x88), w1 = _mm512_shuffle_i32x4(v0, v1, 0xdd);
+    const U w2 = _mm512_shuffle_i32x4(v2, v3, 0x88), w3 = _mm512_shuffle_i32x4(v2, v3, 0xdd);
+    // w0 = lanes 0 8 1 9, w1 = 4 12 5 13, w2 = 2 10 3 11, w3 = 6 14 7 15 (128-bit blocks).
+    _mm512_storeu_si512(p, _mm512_shuffle_i32x4(w0, w2, 0x88));
+    _mm512_storeu_si512(p + 16, _mm512_shuffle_i32x4(w1, w3, 0x88));
+    _mm512_storeu_si512(p + 32, _mm512_shuffle_i32x4(w0, w2, 0xdd));
+    _mm512_storeu_si512(p + 48, _mm512_shuffle_i32x4(w1, w3, 0xdd));
+  }
+
+ protected:
+  PEFTFAST_INLINE static U set1_pair(const bf16* pair) {
+    int32_t bits;
+    std::memcpy(&bits, pair, sizeof(bits));
+    return _mm512_set1_epi32(bits);
+  }
+  PEFTFAST_INLINE static __m256i load_half(const void* p) {
+    return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+  }
+  PEFTFAST_INLINE static void store_half(void* p, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
+};
+
+}  // namespace
+}  // namespace peftfast::cpu

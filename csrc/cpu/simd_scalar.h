@@ -1,0 +1,60 @@
+// One value at a time, in plain C++: runs everywhere, and says what the other simd_*.h must do.
+#pragma once
+
+#include "generic/convert.h"
+
+namespace peftfast::cpu {
+namespace {
+
+struct Scalar {
+  using F = float;      // `width` floats
+  using U = uint32_t;   // `width` 32-bit words
+  static constexpr int width = 1;
+  static constexpr int tile_rows = 3, tile_vectors = 4;   // the register tile: rows x vectors of accumulators
+  static constexpr bool has_bf16_dot = false;             // multiplies pairs of bf16 in one instruction
+
+  PEFTFAST_INLINE static F zero() { return 0.0f; }
+  PEFTFAST_INLINE static F set1(float x) { return x; }
+  PEFTFAST_INLINE static F set1(const f16* x) { return to_float(*x); }
+  // The first or second of a pair of bf16, in every lane.
+  PEFTFAST_INLINE static F set1_first(const bf16* pair) { return to_float(pair[0]); }
+  PEFTFAST_INLINE static F set1_second(const bf16* pair) { return to_float(pair[1]); }
+  template <class T>
+  PEFTFAST_INLINE static F load(const T* p) {
+    return to_float(*p);
+  }
+  template <class T>
+  PEFTFAST_INLINE static void store(T* p, F x) {
+    *p = from_float<T>(x);
+  }
+  PEFTFAST_INLINE static F add(F a, F b) { return a + b; }
+  PEFTFAST_INLINE static F mul(F a, F b) { return a * b; }
+  PEFTFAST_INLINE static F fma(F a, F b, F c) { return a * b + c; }
+  // x, computed here and now: keeps the compiler from an order that needs more registers than there are.
+  PEFTFAST_INLINE static F now(F x) {
+    asm volatile("" : "+x"(x));
+    return x;
+  }
+  PEFTFAST_INLINE static float sum(F a) { return a; }
+  PEFTFAST_INLINE static void transpose(F (&)[1]) {}
+  // x where its word is at least the threshold, else 0.
+  PEFTFAST_INLINE static F keep(F x, const uint32_t* words, uint32_t threshold) {
+    return *words >= threshold ? x : 0.0f;
+  }
+
+  PEFTFAST_INLINE static U words(uint32_t x) { return x; }
+  PEFTFAST_INLINE static U counting_from(uint32_t x) { return x; }   // x, x + 1, ...
+  PEFTFAST_INLINE static U exclusive_or(U a, U b) { return a ^ b; }
+  PEFTFAST_INLINE static void multiply(U a, uint32_t b, U& high, U& low) {
+    const uint64_t product = static_cast<uint64_t>(a) * b;
+    high = static_cast<uint32_t>(product >> 32);
+    low = static_cast<uint32_t>(product);
+  }
+  // Four words of each lane, lane after lane.
+  PEFTFAST_INLINE static void store_interleaved(uint32_t* p, U a, U b, U c, U d) {
+    p[0] = a, p[1] = b, p[2] = c, p[3] = d;
+  }
+};
+
+}  // namespace
+}  // namespace peftfast::cpu

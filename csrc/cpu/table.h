@@ -1,0 +1,88 @@
+// What an instruction set provides: one function per micro-kernel and dtype. The functions in csrc/cpu/*.cpp split
+// the work over threads and call these on their part; the algorithms behind them are the templates of generic/.
+#pragma once
+
+#include <cstdint>
+
+#include "../kernels.h"
+
+namespace peftfast::cpu {
+
+// The columns of the output that one work item computes, whatever the instruction set: 64 columns of a packed
+// operand with a full reduction block stay in a core's L2 cache.
+constexpr int64_t panel_columns = 64;
+
+// A run of ranks that share a dropout mask: one adapter, or all of them when none drops.
+struct Segment {
+  int64_t begin, end;   // ranks
+  uint32_t threshold;   // a random word below it drops the element; 0: no dropout
+  uint32_t adapter;     // its place in the generator's counter
+  float keep_scale;     // 1 / (1 - dropout)
+};
+
+struct Dropout {
+  const Segment* segments;
+  int segment_count;
+  uint32_t key_low, key_high;
+};
+
+// out[j, n] = B[n, j] in fp32, for n in [begin, end): makes the ranks the rows.
+struct TransposeArgs {
+  const void* B;    // [N, rank]
+  int64_t rank;
+  float* out;       // [rank, N]
+  int64_t N;
+};
+
+// U = scale * dropout(X) A^T, for rows [begin, end).
+struct DownArgs {
+  const void* X;        // [M, Q]
+  int64_t ldx;
+  int64_t Q;
+  const float* A;       // [R, Q]
+  const float* scale;   // [R]
+  int64_t R;
+  Dropout dropout;
+  float* U;             // [M, R]
+};
+
+// Y = X W + bias + dropout(U L), for rows [row_begin, row_end) of the panel that starts at `column`.
+struct LinearArgs {
+  int64_t M, P, Q;
+  const void* X;               // [M, Q]
+  int64_t ldx;
+  const void* W;               // element (q, p) at W[p * ldw + q] when reduction_contiguous, else W[q * ldw + p]
+  int64_t ldw;
+  bool reduction_contiguous;
+  const float* bias;           // [P] or null
+  const float* U;              // [M, R]
+  const float* L;              // [R, P]
+  int64_t R;
+  Dropout dropout;             // of U L; its masks are those of an [M, P] matrix
+  void* Y;                     // [M, P]
+};
+
+// D = V^T dropout(X), for the panel of columns that starts at `column`. Each segment writes to its own gradient.
+struct OuterArgs {
+  const float* V;      // [M, R]
+  int64_t R;
+  const void* X;       // [M, P]
+  int64_t ldx;
+  int64_t M, P;
+  Dropout dropout;
+  float* D;            // [R, P]
+};
+
+struct Table {
+  void (*transpose[dtype_count])(const TransposeArgs& args, int64_t begin, int64_t end);
+  void (*down[dtype_count])(const DownArgs& args, int64_t row_begin, int64_t row_end);
+  void (*linear[dtype_count])(const LinearArgs& args, int64_t column, int64_t row_begin, int64_t row_end);
+  void (*outer[dtype_count])(const OuterArgs& args, int64_t column);
+  double (*flops_of_loop[dtype_count])(int64_t iterations);   // runs the loop and returns the FLOP it did
+};
+
+extern const Table scalar_table, avx2_table, avx512_table, avx512_bf16_table;
+
+const Table& table();   // of the instruction set in use
+
+}  // namespace peftfast::cpu

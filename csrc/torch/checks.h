@@ -1,0 +1,67 @@
+// Checks that keep the kernels inside their memory, and the way from tensors to plain arguments. Messages name the argument,
+// what came and what was wanted. The Python functions of peftfast.ops check first and raise ValueError or TypeError;
+// these also guard a direct call of torch.ops.peftfast.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <string>
+#include <vector>
+
+#include "../kernels.h"
+
+namespace peftfast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline std::string shape_text(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + "]";
+}
+
+inline DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16.");
+  }
+}
+
+inline void check_matrix(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU.");
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, " has shape ", shape_text(t),
+                  ", expected [", rows, ", ", columns, "].");
+}
+
+inline void check_dtype(const Tensor& t, const char* name, ScalarType wanted, const char* as) {
+  STD_TORCH_CHECK(t.scalar_type() == wanted, name, " must have the dtype of ", as, ".");
+}
+
+// The tensor itself when its rows are contiguous (rows may lie apart), else a contiguous copy.
+inline Tensor with_contiguous_rows(const Tensor& t) {
+  const bool contiguous = t.size(1) <= 1 || t.stride(1) == 1;
+  const bool apart = t.size(0) <= 1 || t.stride(0) >= t.size(1);
+  return contiguous && apart ? t : torch::stable::contiguous(t);
+}
+
+// Elements between the starts of rows; what the stride of a single row says does not matter.
+inline int64_t leading_dimension(const Tensor& t) { return t.size(0) <= 1 ? t.size(1) : t.stride(0); }
+
+inline Threads torch_threads() {
+  return {static_cast<int>(torch::stable::get_num_threads()),
+          [](int64_t begin, int64_t end, void (*body)(int64_t, int64_t, void*), void* context) {
+            torch::stable::parallel_for(begin, end, 1,
+                                        [&](int64_t first, int64_t last) { body(first, last, context); });
+          }};
+}
+
+}  // namespace peftfast

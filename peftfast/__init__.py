@@ -1,0 +1,53 @@
+"""Faster parameter-efficient fine-tuning: fused kernels under the code that PEFT and transformers users already have.
+
+    import peftfast
+    peftfast.enable()      # from here on, stock PEFT models run the fused operators
+
+`peftfast.report(model)` says, layer by layer, which path runs and why; nothing falls back in silence.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from peftfast import _C
+from peftfast.integrations import FallbackError, Report, accelerate, disable, enable, enabled, report
+
+__version__ = _C.version
+__all__ = [
+    "FallbackError",
+    "Report",
+    "accelerate",
+    "build_info",
+    "disable",
+    "enable",
+    "enabled",
+    "machine_peak",
+    "report",
+]
+
+
+def build_info() -> dict:
+    """Facts of the build and of this process: version, compiler, torch, threads, the instruction set in use ("isa")
+    and those that this machine can run ("isas", best first)."""
+    return {
+        "version": __version__,
+        "compiler": _C.compiler,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "isa": _C.isa_in_use(),
+        "isas": _C.supported_isas(),
+    }
+
+
+def machine_peak(dtype: torch.dtype) -> float:
+    """Measured ceiling in FLOP/s of torch's threads together: back-to-back multiply-adds of the instruction that the
+    CPU kernels use for `dtype` (float32, bfloat16 or float16). Takes about a second.
+
+    Raises:
+        ValueError: there are no kernels for `dtype`.
+    """
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    if dtype not in dtypes:
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}.")
+    return _C.machine_peak(dtypes.index(dtype))

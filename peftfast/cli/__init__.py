@@ -1,0 +1,40 @@
+"""The `peftfast` command."""
+
+import sys
+
+import typer
+
+from peftfast.cli import demo, train
+from peftfast.cli.errors import UserError
+
+app = typer.Typer(
+    name="peftfast",
+    help="Fine-tune language models with PEFT, faster.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    # --lora_r is how much of the field spells --lora-r.
+    context_settings={"token_normalize_func": lambda token: token.replace("_", "-")},
+)
+app.command("train")(train.command)
+app.command("demo")(demo.command)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 if all went well, 2 and one sentence on stderr for bad input."""
+    try:
+        code = app(args=arguments or sys.argv[1:] or ["--help"], standalone_mode=False)
+    except UserError as error:
+        code = _refuse(str(error))
+    except KeyboardInterrupt:
+        code = 130
+    except Exception as error:
+        # typer carries its own copy of click, so its errors over options are known by their method alone.
+        if not hasattr(error, "format_message"):
+            raise
+        code = _refuse(error.format_message())
+    sys.exit(code)
+
+
+def _refuse(sentence: str) -> int:
+    print(f"peftfast: {sentence}", file=sys.stderr)
+    return 2

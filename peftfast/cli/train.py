@@ -1,0 +1,562 @@
+"""`peftfast train`: fine-tune a causal language model with stock PEFT and transformers' Trainer."""
+
+# No `from __future__ import annotations`: typer reads the options off the annotations of TrainSettings.
+import contextlib
+import dataclasses
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+from rich.console import Console
+from rich.table import Table
+from typer import Option
+
+from peftfast.cli import data
+from peftfast.cli.answer import answer
+from peftfast.cli.errors import UserError, first_sentence
+
+RESULT_FILE = "train_result.json"
+ANSWERS_FILE = "held_out_answers.jsonl"
+BACKENDS = ("peftfast", "peft")
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What a training run is told; each field is an option of `peftfast train`.
+
+    Raises:
+        UserError: a number or a choice is out of its range.
+    """
+
+    model: Annotated[str, Option(help="A model folder, or the name of a model on the hub.")]
+    data: Annotated[Path, Option(help="Training data: .jsonl or .txt.")]
+    out: Annotated[Path, Option(help="The folder that receives the adapter; must not exist or be empty.")]
+    method: Annotated[str, Option(help="How to fine-tune: lora.")] = "lora"
+    backend: Annotated[str, Option(help="peftfast, or peft for PEFT without it.")] = "peftfast"
+    lora_r: Annotated[int, Option(help="Rank of the adapters.")] = 16
+    lora_alpha: Annotated[float, Option(help="Adapters are scaled by lora_alpha / lora_r.")] = 32
+    lora_dropout: Annotated[float, Option(help="Dropout on the adapters' input, in [0, 1).")] = 0.0
+    target_modules: Annotated[str, Option(help="all-linear, or names: q_proj,v_proj.")] = "all-linear"
+    learning_rate: Annotated[float, Option(help="Peak of a linear schedule with 3 % warmup.")] = 2e-4
+    epochs: Annotated[float, Option(help="Passes over the training data.")] = 3.0
+    max_steps: Annotated[int | None, Option(help="Optimizer steps; overrides --epochs.")] = None
+    micro_batch_size: Annotated[int, Option(help="Sequences per forward pass.")] = 8
+    gradient_accumulation_steps: Annotated[int, Option(help="Forward passes per optimizer step.")] = 1
+    sequence_len: Annotated[int, Option(help="Tokens per sequence, at most.")] = 1024
+    dtype: Annotated[str, Option(help="Of the frozen model: fp32 or bf16. Adapters are fp32.")] = "fp32"
+    eval_file: Annotated[Path | None, Option(help="Held-out data; overrides --eval-share.")] = None
+    eval_share: Annotated[float, Option(help="Share of the data to hold out, in [0, 1).")] = 0.1
+    max_eval_examples: Annotated[int, Option(help="Held-out examples to use, at most.")] = 500
+    seed: Annotated[int, Option(help="Seed of everything random.")] = 0
+    json: Annotated[Path | None, Option(help="Also write the result record to this file.")] = None
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the result of an earlier run.")] = False
+
+    def __post_init__(self) -> None:
+        for name, choices in {"method": METHODS, "backend": BACKENDS, "dtype": DTYPES}.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise UserError(f"{_option(name)} is one of {', '.join(choices)}, not {value!r}.")
+        for name, minimum in {
+            "lora_r": 1,
+            "micro_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "sequence_len": 2,
+            "max_steps": 1,
+            "max_eval_examples": 1,
+            "seed": 0,
+        }.items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise UserError(f"{_option(name)} is at least {minimum}, not {value}.")
+        for name in ("lora_alpha", "learning_rate", "epochs"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise UserError(f"{_option(name)} is a positive number, not {value}.")
+        for name in ("lora_dropout", "eval_share"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise UserError(f"{_option(name)} lies in [0, 1), not at {value}.")
+
+    def to_arguments(self) -> list[str]:
+        """Return the settings that differ from their defaults as arguments of `peftfast train`."""
+        arguments = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool):
+                arguments += [_option(field.name)] if value else []
+            elif value != field.default:
+                arguments += [_option(field.name), str(value)]
+        return arguments
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well a model does on the held-out examples.
+
+    `loss` is the mean cross entropy in nats per learned token, `perplexity` its exponential. `exact_match` is
+    the share of completions that greedy decoding gives letter by letter; None unless the data is
+    prompt/completion.
+    """
+
+    loss: float
+    perplexity: float
+    exact_match: float | None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The record of a training run, as written to train_result.json.
+
+    `seconds` is the time of training alone, without loading and evaluation; `tokens` counts those of the
+    training sequences, without padding; `peak_memory_mib` is the process's largest resident set while it
+    trained (on a GPU: the largest amount allocated there); `losses` holds [step, training loss] pairs;
+    `report` is what `peftfast.report` says of the model, empty if the backend is peft.
+    """
+
+    settings: dict
+    parameters: int
+    trainable_parameters: int
+    examples: int
+    held_out_examples: int
+    before: Evaluation | None
+    after: Evaluation | None
+    steps: int
+    seconds: float
+    tokens: int
+    tokens_per_second: float
+    peak_memory_mib: float
+    losses: list[list[float]]
+    report: str
+    versions: dict[str, str]
+
+    def to_json(self) -> str:
+        """Return the record as indented JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
+
+
+def attach_lora(model, settings: TrainSettings):
+    """Return `model` wrapped in PEFT's LoRA adapters."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = settings.target_modules
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"--target-modules {targets}: {first_sentence(error)}.") from error
+
+
+METHODS: dict[str, Callable] = {"lora": attach_lora}
+
+
+def train(settings: TrainSettings, console: Console | None = None) -> TrainResult:
+    """Fine-tune as told and write adapter, tokenizer and record to `settings.out`.
+
+    Nothing is written until everything is there: the folder appears complete or not at all.
+
+    Raises:
+        UserError: the model or the data cannot be used, the output would overwrite something, or training
+            diverged.
+    """
+    console = console or Console(quiet=True)
+    check_output(settings)
+    records = data.read_records(settings.data)
+    held_out_records = data.read_records(settings.eval_file) if settings.eval_file else None
+    local = _is_local_model(settings.model)
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with console.status("Loading the model"):
+        tokenizer = _load_tokenizer(settings.model, local)
+        examples = data.encode(records, tokenizer, settings.sequence_len)
+        if held_out_records:
+            held_out = data.encode(held_out_records, tokenizer, settings.sequence_len)
+        else:
+            examples, held_out = data.split(examples, settings.eval_share, settings.seed)
+        held_out = held_out[: settings.max_eval_examples]
+        model = _load_model(settings.model, settings.dtype, local)
+    return _fine_tune(settings, console, model, tokenizer, examples, held_out)
+
+
+def _fine_tune(
+    settings: TrainSettings, console: Console, model, tokenizer, examples, held_out
+) -> TrainResult:
+    import torch
+    import transformers
+
+    transformers.set_seed(settings.seed)
+    with _backend(settings.backend), _folder_written_at_once(settings) as folder:
+        model = METHODS[settings.method](model, settings)
+        trainer = _build_trainer(settings, model, tokenizer, examples, str(folder), console)
+        before, _ = _evaluate(trainer, tokenizer, held_out, console)
+        _reset_peak_memory()
+        started = time.perf_counter()
+        trainer.train()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        peak_memory = _peak_memory_mib()
+        losses = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
+        if not all(math.isfinite(loss) for _, loss in losses):
+            raise UserError(
+                f"training diverged (the loss is not finite): lower --learning-rate {settings.learning_rate}."
+            )
+        after, answers = _evaluate(trainer, tokenizer, held_out, console)
+        trainable, parameters = model.get_nb_trainable_parameters()
+        result = TrainResult(
+            settings=dataclasses.asdict(settings),
+            parameters=parameters - trainable,
+            trainable_parameters=trainable,
+            examples=len(examples),
+            held_out_examples=len(held_out),
+            before=before,
+            after=after,
+            steps=trainer.state.global_step,
+            seconds=seconds,
+            tokens=trainer.state.num_input_tokens_seen,
+            tokens_per_second=trainer.state.num_input_tokens_seen / seconds,
+            peak_memory_mib=peak_memory,
+            losses=losses,
+            report=_report(model) if settings.backend == "peftfast" else "",
+            versions={"python": platform.python_version()}
+            | {name: version(name) for name in ("torch", "transformers", "peft")},
+        )
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / RESULT_FILE).write_text(result.to_json(), encoding="utf-8")
+        if answers:
+            lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in answers)
+            (folder / ANSWERS_FILE).write_text("".join(lines), encoding="utf-8")
+    if settings.json:
+        settings.json.write_text(result.to_json(), encoding="utf-8")
+    return result
+
+
+@contextlib.contextmanager
+def _backend(name: str) -> Iterator[None]:
+    """Have PEFT's layers run on peftfast inside the block, or leave PEFT as it is."""
+    if name == "peft":
+        yield
+        return
+    import peftfast
+
+    with peftfast.enabled():
+        yield
+
+
+def _report(model) -> str:
+    import peftfast
+
+    return str(peftfast.report(model))
+
+
+def _is_local_model(name: str) -> bool:
+    """Tell a folder from a hub name, which is the one thing that lets transformers use the network.
+
+    Raises:
+        UserError: `name` looks like a path and is not the folder of a model.
+    """
+    path = Path(name).expanduser()
+    starts_in_folder = len(path.parts) > 1 and Path(path.parts[0]).exists()
+    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) and not starts_in_folder and not path.exists():
+        return False
+    if not path.is_dir():
+        raise UserError(f"--model {name}: there is no such folder.")
+    if not (path / "config.json").is_file():
+        raise UserError(f"--model {name}: not a model folder, it has no config.json.")
+    return True
+
+
+def _load_tokenizer(name: str, local: bool):
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            Path(name).expanduser() if local else name, local_files_only=local
+        )
+    except Exception as error:  # whatever a library raises over a folder's contents, the folder is at fault
+        raise UserError(
+            f"--model {name}: its tokenizer cannot be loaded: {first_sentence(error)}."
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise UserError(f"--model {name}: its tokenizer has neither a padding nor an end-of-sequence token.")
+    return tokenizer
+
+
+def _load_model(name: str, dtype: str, local: bool):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            Path(name).expanduser() if local else name,
+            dtype=getattr(torch, DTYPES[dtype]),
+            local_files_only=local,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # as above
+        raise UserError(f"--model {name}: the model cannot be loaded: {first_sentence(error)}.") from error
+    if info["missing_keys"]:
+        # transformers would go on with random numbers in their place.
+        raise UserError(
+            f"--model {name}: the checkpoint lacks {len(info['missing_keys'])} of the model's weights."
+        )
+    return model
+
+
+def _build_trainer(settings: TrainSettings, model, tokenizer, examples, folder: str, console: Console):
+    import torch
+    from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
+
+    steps = settings.max_steps or math.ceil(
+        settings.epochs
+        * math.ceil(
+            math.ceil(len(examples) / settings.micro_batch_size) / settings.gradient_accumulation_steps
+        )
+    )
+    arguments = TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=settings.micro_batch_size,
+        per_device_eval_batch_size=settings.micro_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        learning_rate=settings.learning_rate,
+        warmup_steps=math.ceil(0.03 * steps),
+        logging_steps=max(1, steps // 50),
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        seed=settings.seed,
+    )
+    # The padding side is the trainer's affair: on the right, the positions of a sequence start at 0.
+    tokenizer.padding_side = "right"
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=_as_rows(examples),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8),
+        callbacks=[_progress_callback(console)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _as_rows(examples: list[data.Example]) -> list[dict]:
+    return [
+        {
+            "input_ids": example.input_ids,
+            "attention_mask": [1] * len(example.input_ids),
+            "labels": example.labels,
+        }
+        for example in examples
+    ]
+
+
+def _progress_callback(console: Console):
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from transformers import TrainerCallback
+
+    class ProgressBar(TrainerCallback):
+        """Shows steps, remaining time and the latest training loss."""
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
+            self.progress = Progress(
+                *columns, console=console, transient=True, disable=not console.is_terminal
+            )
+            self.task = self.progress.add_task("Training", total=state.max_steps)
+            self.progress.start()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.progress.update(self.task, completed=state.global_step)
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "loss" in (logs or {}):
+                self.progress.update(self.task, description=f"Training, loss {float(logs['loss']):.3f}")
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.progress.stop()
+
+    return ProgressBar()
+
+
+def _evaluate(trainer, tokenizer, held_out: list[data.Example], console: Console):
+    """Return the model's Evaluation and, for prompt/completion data, its answers as records."""
+    if not held_out:
+        return None, []
+    import torch
+
+    model = trainer.model.eval()
+    total, count = 0.0, 0
+    with console.status("Evaluating"), torch.no_grad():
+        for batch in trainer.get_eval_dataloader(_as_rows(held_out)):
+            learned = int((batch["labels"][:, 1:] != data.IGNORED).sum())
+            total += model(**batch, use_cache=False).loss.item() * learned
+            count += learned
+        loss = total / count
+        answers = []
+        if held_out[0].prompt is not None:
+            longest = max(sum(label != data.IGNORED for label in example.labels) for example in held_out)
+            given = answer(model, tokenizer, [example.prompt for example in held_out], max_new_tokens=longest)
+            answers = [
+                {"prompt": example.prompt, "completion": example.completion, "answer": text}
+                for example, text in zip(held_out, given, strict=True)
+            ]
+    exact = [line["answer"].strip() == line["completion"].strip() for line in answers]
+    exact_match = sum(exact) / len(exact) if exact else None
+    return Evaluation(loss, math.exp(min(loss, 700)), exact_match), answers
+
+
+def _reset_peak_memory() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    # Linux starts a new peak on this request; elsewhere the peak is that of the whole run.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_memory_mib() -> float:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 1024)
+
+
+def check_output(settings: TrainSettings) -> None:
+    """Refuse to write where something else is.
+
+    Raises:
+        UserError: `settings.out` holds what may not be replaced, or `settings.json` cannot be written.
+    """
+    out = settings.out
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file.")
+    if out.is_dir() and any(out.iterdir()):
+        if not settings.overwrite:
+            raise UserError(f"--out {out} exists and is not empty: pass --overwrite to replace it.")
+        if not (out / RESULT_FILE).is_file():
+            raise UserError(
+                f"--out {out} is not the result of an earlier run, so --overwrite leaves it alone."
+            )
+    check_record_file(settings.json)
+
+
+def check_record_file(path: Path | None) -> None:
+    """Raise UserError unless `path` is None or can name a new file."""
+    if path and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise UserError(f"--json {path} is a folder, or lies in one that does not exist.")
+
+
+@contextlib.contextmanager
+def _folder_written_at_once(settings: TrainSettings) -> Iterator[Path]:
+    """Yield a temporary folder beside `settings.out`, which takes its place if the block ends well."""
+    out = settings.out.absolute()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:
+        raise UserError(f"--out {settings.out} cannot be written: {error.strerror}.") from error
+    try:
+        yield folder
+        check_output(settings)
+        folder.chmod(0o777 & ~_umask())
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as aside:
+            if out.exists():
+                os.replace(out, Path(aside, "earlier"))
+            os.replace(folder, out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def show(result: TrainResult, console: Console) -> None:
+    """Print the result as a table."""
+    table = Table(title=f"{result.settings['method']} on {result.settings['model']}", title_justify="left")
+    table.add_column("held-out" if result.before else "")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    if result.before and result.after:
+        table.add_row("loss, nats per token", f"{result.before.loss:.3f}", f"{result.after.loss:.3f}")
+        table.add_row("perplexity", f"{result.before.perplexity:.2f}", f"{result.after.perplexity:.2f}")
+        if result.after.exact_match is not None:
+            table.add_row(
+                "exact match", f"{result.before.exact_match:.1%}", f"{result.after.exact_match:.1%}"
+            )
+        console.print(table)
+    share = result.trainable_parameters / (result.parameters + result.trainable_parameters)
+    console.print(
+        f"{result.steps} steps in {result.seconds:.1f} s, {result.tokens_per_second:,.0f} tokens/s, "
+        f"{result.peak_memory_mib:,.0f} MiB peak memory; {result.trainable_parameters:,} trained parameters "
+        f"({share:.1%}). Adapter: {result.settings['out']}",
+        highlight=False,
+    )
+    if result.report:
+        summary, *reasons = result.report.splitlines()
+        console.print(summary + (f" (the reasons are in {RESULT_FILE})" if reasons else ""), highlight=False)
+
+
+def command(**options) -> None:
+    """Fine-tune a causal language model with LoRA. The adapter is plain PEFT's."""
+    # What one library tells another about its next version is no news to the user.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    console = Console()
+    result = train(TrainSettings(**options), console)
+    show(result, console)
+
+
+# One list of settings: the command's options are the fields above.
+command.__signature__ = inspect.signature(TrainSettings)
+command.__annotations__ = {name: field.type for name, field in TrainSettings.__dataclass_fields__.items()}

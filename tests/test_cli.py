@@ -1,0 +1,363 @@
+"""`peftfast train`: real runs on a tiny random Llama, and every way to be refused."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, LlamaConfig, LlamaForCausalLM
+
+from peftfast.cli import data, main
+from peftfast.cli.answer import answer
+from peftfast.cli.errors import UserError
+from peftfast.cli.train import ANSWERS_FILE, RESULT_FILE, TrainSettings, train
+from peftfast.demo.pretrain import build_tokenizer
+
+PAIRS = [{"prompt": f"{word}=", "completion": word.upper()} for word in ("ab", "cd", "ef", "gh", "ij", "kl")]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}[{{ message.role }}]{{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, tokenizer):
+    """A Llama of random weights with a byte tokenizer, as a folder."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    return write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
+
+
+def run(*arguments):
+    """Run the command line in this process and return its exit code."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    return stopped.value.code or 0
+
+
+def refusal(capsys, *arguments):
+    """Run a command line that is to be refused, and return its one sentence."""
+    code = run(*arguments)
+    captured = capsys.readouterr()
+    assert code == 2, captured
+    assert captured.out == ""
+    assert captured.err.startswith("peftfast: ")
+    assert captured.err.count("\n") == 1, captured.err
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_train_writes_an_adapter_that_plain_peft_loads(model_folder, pairs, tmp_path, capsys, dtype):
+    out, record_file = tmp_path / "new" / "out", tmp_path / "record.json"
+    code = run(
+        *("train", "--model", model_folder, "--data", pairs, "--out", out, "--json", record_file),
+        *("--backend", "peft", "--lora_r", 4, "--max-steps", 3, "--learning-rate", 1e-2, "--dtype", dtype),
+        *("--eval-file", pairs),
+    )
+    assert code == 0
+    assert "exact match" in capsys.readouterr().out
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+    record = json.loads(record_file.read_text())
+    assert record == json.loads((out / RESULT_FILE).read_text())
+    assert record["settings"]["lora_r"] == 4
+    assert record["steps"] == 3
+    # Every example is prompt "xy=", completion "XY" and the end: 6 tokens, and a step takes all 6 examples.
+    assert record["tokens"] == 3 * 6 * 6
+    # Per layer, r times the inputs plus outputs of q, k, v, o (32 and 32) and of gate, up, down (32 and 64).
+    assert record["trainable_parameters"] == 2 * 4 * (4 * 64 + 3 * 96)
+    assert record["after"]["loss"] < record["before"]["loss"]
+    assert record["peak_memory_mib"] > 50
+    assert len(record["losses"]) == 3
+
+    base = AutoModelForCausalLM.from_pretrained(
+        model_folder, dtype={"fp32": torch.float32}.get(dtype, "bfloat16")
+    )
+    model = PeftModel.from_pretrained(base, out)
+    lines = [json.loads(line) for line in (out / ANSWERS_FILE).read_text().splitlines()]
+    answers = answer(
+        model, AutoTokenizer.from_pretrained(out), [line["prompt"] for line in lines], max_new_tokens=3
+    )
+    assert answers == [line["answer"] for line in lines]
+    exact = [line["answer"] == line["completion"] for line in lines]
+    assert record["after"]["exact_match"] == sum(exact) / len(exact)
+
+
+def test_lora_learns_the_pairs(model_folder, pairs, tmp_path):
+    """A random model can at least learn six answers by heart, if all from data to exact match works."""
+    settings = TrainSettings(
+        model=str(model_folder),
+        data=pairs,
+        eval_file=pairs,
+        out=tmp_path / "out",
+        backend="peft",
+        max_steps=150,
+        learning_rate=2e-2,
+    )
+    result = train(settings)
+    assert result.before.exact_match == 0
+    assert result.after.exact_match == 1
+    assert result.after.loss < result.before.loss
+
+
+def test_both_backends_train_alike(model_folder, pairs, tmp_path):
+    losses = {}
+    for backend in ("peft", "peftfast"):
+        settings = TrainSettings(
+            model=str(model_folder), data=pairs, out=tmp_path / backend, backend=backend, max_steps=5
+        )
+        losses[backend] = torch.tensor(train(settings).losses)
+    torch.testing.assert_close(losses["peft"], losses["peftfast"], rtol=1e-4, atol=1e-4)
+
+
+def test_text_is_cut_into_blocks(model_folder, tmp_path, tokenizer):
+    path = tmp_path / "text.txt"
+    path.write_text("Half a league, half a league, half a league onward.\n" * 4, encoding="utf-8")
+    examples = data.encode(data.read_records(path), tokenizer, 32)
+    assert tokenizer.decode([token for example in examples for token in example.input_ids]) == (
+        path.read_text() + tokenizer.eos_token
+    )
+    assert all(len(example.input_ids) == 32 for example in examples[:-1])
+    result = train(
+        TrainSettings(
+            model=str(model_folder),
+            data=path,
+            out=tmp_path / "out",
+            backend="peft",
+            sequence_len=32,
+            max_steps=2,
+            eval_share=0.3,
+        )
+    )
+    assert result.examples + result.held_out_examples == len(examples) == 7
+    assert result.held_out_examples == 2
+    assert result.after.exact_match is None
+    assert not (tmp_path / "out" / ANSWERS_FILE).exists()
+
+
+def learned_text(example, tokenizer):
+    assert len(example.labels) == len(example.input_ids)
+    for token, label in zip(example.input_ids, example.labels, strict=True):
+        assert label in (token, data.IGNORED)
+    return tokenizer.decode([label for label in example.labels if label != data.IGNORED])
+
+
+def test_loss_is_on_the_completion_alone(tokenizer):
+    [example] = data.encode([{"prompt": "two and two: ", "completion": "four"}], tokenizer, 64)
+    assert tokenizer.decode(example.input_ids) == "two and two: four" + tokenizer.eos_token
+    assert learned_text(example, tokenizer) == "four" + tokenizer.eos_token
+
+
+def test_loss_is_on_what_the_assistant_says(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", CHAT_TEMPLATE)
+    turns = [
+        ("system", "Be brief."),
+        ("user", "2+2?"),
+        ("assistant", "4"),
+        ("user", "3+3?"),
+        ("assistant", "6"),
+    ]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    [example] = data.encode([{"messages": messages}], tokenizer, 256)
+    assert tokenizer.decode(example.input_ids) == "".join(f"[{role}]{content}\n" for role, content in turns)
+    assert learned_text(example, tokenizer) == "4\n6\n"
+
+
+def test_a_prompt_that_fills_the_sequence_is_left_out(tokenizer):
+    long, short = {"prompt": "x" * 40, "completion": "y"}, {"prompt": "x", "completion": "y"}
+    assert [example.prompt for example in data.encode([long, short], tokenizer, 16)] == ["x"]
+    with pytest.raises(UserError, match="--sequence-len 16"):
+        data.encode([long], tokenizer, 16)
+
+
+def test_split_is_disjoint_and_seeded():
+    examples = [data.Example([number], [number]) for number in range(20)]
+    training, held_out = data.split(examples, 0.2, seed=1)
+    assert len(held_out) == 4
+    assert sorted(example.input_ids[0] for example in training + held_out) == list(range(20))
+    assert data.split(examples, 0.2, seed=1) == (training, held_out)
+    assert data.split(examples, 0.2, seed=2) != (training, held_out)
+    assert data.split(examples, 0, seed=1) == (examples, [])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"prompt": "a", "completion": "b"}\n{"prompt": \n', "line 2: not valid JSON"),
+        (b'{"prompt": "a", "completion": "b"}\n\n[1]\n', "line 3: a line is a JSON object, not list"),
+        (b'{"question": "a", "answer": "b"}\n', 'line 1: the keys are "question", "answer"'),
+        (b'{"prompt": "a"}\n', 'line 1: the keys are "prompt"'),
+        (b"{}\n", "line 1: the keys are none"),
+        (b'{"prompt": "a", "completion": 3}\n', 'line 1: "completion" is a string, not int'),
+        (b'{"prompt": "a", "completion": ""}\n', 'line 1: "completion" is empty'),
+        (b'{"text": "a"}\n{"prompt": "a", "completion": "b"}\n', "lines of one kind"),
+        (b'{"text": "\\ud83d"}\n', "line 1: a \\ud escape is without its other half"),
+        (b'{"messages": "hello"}\n', '"messages" is a list'),
+        (b'{"messages": [{"role": "user"}]}\n', 'a "role" and a "content"'),
+        (b'{"messages": [{"role": "user", "content": "a"}]}\n', 'no message has the role "assistant"'),
+        (b'{"messages": [{"role": "assistant", "content": "a"}]}\n', "no chat template"),
+        (b'{"text": "a"}\n', "one example cannot be split"),
+        (b"\n\n", "is empty"),
+        (b"", "is empty"),
+        (b"\xff\xfe", "not UTF-8"),
+    ],
+)
+def test_bad_data_is_refused(model_folder, tmp_path, capsys, content, message):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content)
+    error = refusal(capsys, "train", "--model", model_folder, "--data", path, "--out", tmp_path / "out")
+    assert message in error
+    assert [entry.name for entry in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--method", "magic", "--method is one of lora, not 'magic'"),
+        ("--backend", "jax", "--backend is one of peftfast, peft, not 'jax'"),
+        ("--dtype", "int3", "--dtype is one of fp32, bf16, not 'int3'"),
+        ("--lora-r", "0", "--lora-r is at least 1, not 0"),
+        ("--lora-r", "many", "--lora-r"),
+        ("--lora-alpha", "-1", "--lora-alpha is a positive number"),
+        ("--lora-dropout", "1", "--lora-dropout lies in [0, 1)"),
+        ("--learning-rate", "nan", "--learning-rate is a positive number, not nan"),
+        ("--epochs", "0", "--epochs is a positive number"),
+        ("--max-steps", "0", "--max-steps is at least 1"),
+        ("--micro-batch-size", "0", "--micro-batch-size is at least 1"),
+        ("--gradient-accumulation-steps", "0", "--gradient-accumulation-steps is at least 1"),
+        ("--sequence-len", "1", "--sequence-len is at least 2"),
+        ("--eval-share", "1.5", "--eval-share lies in [0, 1)"),
+        ("--max-eval-examples", "0", "--max-eval-examples is at least 1"),
+        ("--seed", "-1", "--seed is at least 0"),
+        ("--target-modules", "no_such_layer", "--target-modules no_such_layer"),
+        ("--data", "missing.jsonl", "missing.jsonl does not exist"),
+        ("--data", "data.csv", "data files end in .jsonl or .txt"),
+        ("--eval-file", "missing.jsonl", "missing.jsonl does not exist"),
+        ("--json", "missing/record.json", "lies in one that does not exist"),
+        ("--model", "./missing", "--model ./missing: there is no such folder"),
+        ("--model", "empty", "--model empty: not a model folder, it has no config.json"),
+        ("--model", "empty/model", "--model empty/model: there is no such folder"),
+        ("--model", "bert", "--model bert: the model cannot be loaded: Unrecognized configuration class"),
+        ("--model", "truncated", "--model truncated: the model cannot be loaded"),
+        ("--model", "hollow", "--model hollow: the checkpoint lacks"),
+        ("--model", "someone/nothing", "--model someone/nothing: its tokenizer cannot be loaded"),
+        ("--out", "full", "--out full exists and is not empty"),
+        ("--out", "pairs.jsonl", "--out pairs.jsonl is a file"),
+        ("--colour", "red", "No such option: --colour"),
+    ],
+)
+def test_bad_options_are_refused(
+    model_folder, tokenizer, pairs, tmp_path, capsys, monkeypatch, option, value, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "data.csv").write_text("a,b\n")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    for name in ("truncated", "hollow"):
+        (tmp_path / name).mkdir()
+        for path in model_folder.iterdir():
+            (tmp_path / name / path.name).write_bytes(path.read_bytes())
+    weights = tmp_path / "truncated" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    if value == "hollow":
+        model = LlamaForCausalLM.from_pretrained(model_folder)
+        kept = {name: weight for name, weight in model.state_dict().items() if "layers.1" not in name}
+        model.save_pretrained("hollow", state_dict=kept)
+    BertConfig().save_pretrained("bert")
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "vit", "architectures": ["ViTModel"]}')
+    tokenizer.save_pretrained("bert")
+
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    options = {"--model": model_folder, "--data": pairs, "--out": "out", "--backend": "peft"} | {
+        option: value
+    }
+    assert message in refusal(capsys, "train", *(item for pair in options.items() for item in pair))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_missing_option_is_named(capsys):
+    assert "Missing option '--model'" in refusal(capsys, "train")
+    assert "No such command 'fly'" in refusal(capsys, "fly")
+
+
+def test_training_that_diverges_leaves_nothing(model_folder, pairs, tmp_path, capsys):
+    error = refusal(
+        capsys,
+        *("train", "--model", model_folder, "--data", pairs, "--out", tmp_path / "out", "--backend", "peft"),
+        *("--learning-rate", 1e38, "--max-steps", 4),
+    )
+    assert "diverged" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
+
+
+def test_overwrite_replaces_an_earlier_result_and_nothing_else(model_folder, pairs, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = (
+        *("train", "--model", model_folder, "--data", pairs, "--out", out, "--backend", "peft"),
+        *("--max-steps", 1, "--eval-share", 0),
+    )
+    assert run(*arguments) == 0
+    (out / "stale").write_text("of the earlier run")
+    capsys.readouterr()
+    assert "pass --overwrite" in refusal(capsys, *arguments)
+    assert run(*arguments, "--overwrite") == 0
+    assert not (out / "stale").exists()
+    assert (out / "adapter_model.safetensors").is_file()
+    (out / RESULT_FILE).unlink()
+    capsys.readouterr()
+    assert "leaves it alone" in refusal(capsys, *arguments, "--overwrite")
+    assert (out / "adapter_model.safetensors").is_file()
+
+
+def test_settings_survive_the_command_line(tmp_path):
+    settings = TrainSettings(
+        model="m", data=tmp_path / "d.txt", out=tmp_path / "o", lora_r=3, epochs=0.5, overwrite=True
+    )
+    assert settings.to_arguments() == [
+        *("--model", "m", "--data", str(tmp_path / "d.txt"), "--out", str(tmp_path / "o")),
+        *("--lora-r", "3", "--epochs", "0.5", "--overwrite"),
+    ]
+
+
+def test_help_is_quick():
+    """Help and refusals need none of the libraries that take seconds to import."""
+    code = (
+        "import sys; sys.argv = ['peftfast', 'train', '--help']\n"
+        "from peftfast.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'transformers', 'peft', 'datasets'} & sys.modules.keys()))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "--lora-r" in output
+    assert output.splitlines()[-1] == "[]"
