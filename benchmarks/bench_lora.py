@@ -227,7 +227,7 @@ def _speed_bar(
             if reason := found[rival].get("skipped"):
                 gaps += 1
                 estimate = found[rival].get("estimate_ms")
-                about = f", about {estimate:.4g} ms by extrapolation" if estimate else ""
+                about = f", about {estimate / 1e3:.3g} s by extrapolation" if estimate else ""
                 seen.append(f"{where} {found[ours]['median_ms']:.4g} ms; {rival} skipped ({reason}{about})")
             else:
                 checks.append(found[ours]["speedup"][rival] >= bar)
@@ -246,7 +246,7 @@ def _share_bar(what: str, bar: float, rows: list[dict[str, Any]], isa: str) -> d
                     seen.append(f"M={point.M} {name.split()[1]}: {found['ceiling_share']:.0%}")
                     checks.append(found["ceiling_share"] >= bar)
     if seen and not native:
-        seen = [f"{isa} has no dpbf16; of the peak of the multiply-add that it uses:", *seen]
+        seen[0] = f"{isa} has no dpbf16; of the peak of the multiply-add that it uses, {seen[0]}"
     return _bar(what, f"at least {bar:.0%}", seen, checks if native else [], gaps=0 if native else 1)
 
 
@@ -299,7 +299,6 @@ def plot(record: Record, path: Path) -> None:
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_yticks([place + 0.4 - height / 2 for place in range(len(labels))], labels, fontsize=7)
     axes.invert_yaxis()
-    axes.set_xscale("log")
     axes.set_xlabel("times faster than the rival (at 1: as fast)")
     axes.legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)

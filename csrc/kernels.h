@@ -30,49 +30,49 @@ struct Threads {
 
 // One adapter on a linear layer: Y += scaling * dropout(X) A^T B^T.
 struct LoraAdapter {
-  const void* A;   // [rank, K]
-  const void* B;   // [N, rank]
-  DType dtype;     // of A, B and their gradients
+  const void* A;  // [rank, K]
+  const void* B;  // [N, rank]
+  DType dtype;    // of A, B and their gradients
   int64_t rank;
   float scaling;
-  float dropout;   // probability in [0, 1)
-  void* grad_A;    // [rank, K], out; null: not wanted (backward only)
-  void* grad_B;    // [N, rank], out; null: not wanted (backward only)
+  float dropout;  // probability in [0, 1)
+  void* grad_A;   // [rank, K], out; null: not wanted (backward only)
+  void* grad_B;   // [N, rank], out; null: not wanted (backward only)
 };
 
 // Y = X W^T + bias + sum over adapters of scaling * dropout(X) A^T B^T
 struct LoraLinearArgs {
   int64_t M, N, K;
-  DType dtype;                   // of X, W and Y
-  const void* X;                 // [M, K]
+  DType dtype;    // of X, W and Y
+  const void* X;  // [M, K]
   int64_t ldx;
-  const void* W;                 // [N, K], or [K, N] when transposed
+  const void* W;  // [N, K], or [K, N] when transposed
   int64_t ldw;
   bool transposed;
-  const float* bias;             // [N] or null
+  const float* bias;  // [N] or null
   const LoraAdapter* adapters;
   int adapter_count;
-  const int64_t* seed;           // of the dropout generator; null when no adapter drops
-  float* U;                      // [M, R], out: scaling * dropout(X) A^T, what backward needs of the forward
-  void* Y;                       // [M, N], out
+  const int64_t* seed;  // of the dropout generator; null when no adapter drops
+  float* U;             // [M, R], out: scaling * dropout(X) A^T, what backward needs of the forward
+  void* Y;              // [M, N], out
 };
 
 // From G = dL/dY:  V = scaling * G B,  dX = G W + dropout'(V A),  grad_A = V^T dropout(X),  grad_B = G^T U
 struct LoraLinearBackwardArgs {
   int64_t M, N, K;
-  DType dtype;                   // of G, X, W and dX
-  const void* G;                 // [M, N]
+  DType dtype;    // of G, X, W and dX
+  const void* G;  // [M, N]
   int64_t ldg;
-  const void* X;                 // [M, K]; may be null when no grad_A is wanted
+  const void* X;  // [M, K]; may be null when no grad_A is wanted
   int64_t ldx;
-  const void* W;                 // [N, K], or [K, N] when transposed
+  const void* W;  // [N, K], or [K, N] when transposed
   int64_t ldw;
   bool transposed;
   const LoraAdapter* adapters;
   int adapter_count;
   const int64_t* seed;
-  const float* U;                // [M, R], from the forward; may be null when no grad_B is wanted
-  void* dX;                      // [M, K], out; null: not wanted
+  const float* U;  // [M, R], from the forward; may be null when no grad_B is wanted
+  void* dX;        // [M, K], out; null: not wanted
 };
 
 namespace cpu {

@@ -14,6 +14,7 @@ from peftfast import _C
 from peftfast.integrations import FallbackError, Report, accelerate, disable, enable, enabled, report
 
 __version__ = _C.version
+_C.isa_in_use()  # refuses a PEFTFAST_CPU_ISA that cannot run, here rather than at the first call
 __all__ = [
     "FallbackError",
     "Report",

@@ -3,10 +3,10 @@ import os
 # Before anything imports huggingface_hub: a test never reaches for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-import peftfast  # noqa: E402
+import peftfast
 
 
 def pytest_configure(config):

@@ -201,12 +201,13 @@ def test_a_prompt_that_fills_the_sequence_is_left_out(tokenizer):
 
 def test_split_is_disjoint_and_seeded():
     examples = [data.Example([number], [number]) for number in range(20)]
-    training, held_out = data.split(examples, 0.2, seed=1)
+    training, held_out = data.split(examples, 0.2, seed=1, at_most=9)
     assert len(held_out) == 4
     assert sorted(example.input_ids[0] for example in training + held_out) == list(range(20))
-    assert data.split(examples, 0.2, seed=1) == (training, held_out)
-    assert data.split(examples, 0.2, seed=2) != (training, held_out)
-    assert data.split(examples, 0, seed=1) == (examples, [])
+    assert data.split(examples, 0.2, seed=1, at_most=9) == (training, held_out)
+    assert data.split(examples, 0.2, seed=2, at_most=9) != (training, held_out)
+    assert data.split(examples, 0, seed=1, at_most=9) == (examples, [])
+    assert len(data.split(examples, 0.9, seed=1, at_most=9)[1]) == 9
 
 
 @pytest.mark.parametrize(
@@ -272,6 +273,7 @@ def test_bad_data_is_refused(model_folder, tmp_path, capsys, content, message):
         ("--model", "someone/nothing", "--model someone/nothing: its tokenizer cannot be loaded"),
         ("--out", "full", "--out full exists and is not empty"),
         ("--out", "pairs.jsonl", "--out pairs.jsonl is a file"),
+        ("--out", "pairs.jsonl/out", "--out pairs.jsonl/out cannot be written: Not a directory"),
         ("--colour", "red", "No such option: --colour"),
     ],
 )
@@ -299,7 +301,7 @@ def test_bad_options_are_refused(
     tokenizer.save_pretrained("bert")
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    options = {"--model": model_folder, "--data": pairs, "--out": "out", "--backend": "peft"} | {
+    options = {"--model": model_folder, "--data": pairs, "--out": "new/out", "--backend": "peft"} | {
         option: value
     }
     assert message in refusal(capsys, "train", *(item for pair in options.items() for item in pair))

@@ -42,7 +42,7 @@ def test_one_can_be_forced(isa):
 
 @pytest.mark.parametrize("isa", ["avx1024", "AVX2", " scalar", *(isa for isa in KNOWN if isa not in ISAS)])
 def test_one_that_cannot_run_is_refused_at_import(isa):
-    """One sentence that names the variable, what it held, and what it may hold; never a slower path in silence."""
+    """One sentence names the variable, what it held, and what it may hold; no slower path in silence."""
     result = import_under(isa)
     assert result.returncode != 0 and not result.stdout
     sentence = result.stderr.strip().splitlines()[-1]

@@ -1,9 +1,9 @@
-"""The op lora_linear against float64, in all that can vary: shapes, dtypes, layouts, adapters, gradients, modes.
+"""The op lora_linear against float64, in all that can vary: shapes, dtypes, layouts, adapters, modes.
 
-The rule: on the same inputs, the error against float64 is at most 1.1 times the error of the computation that
-the op replaces, which `peft_formula` spells out. Over a handful of elements the ratio of two rounding errors is
-luck, so there, and everywhere else too, each element is held to what rounding can do to it at the worst. A and B
-are never zero: a zero B hides a wrong gradient.
+The rule: on the same inputs, the error against float64 is at most 1.1 times the error of the computation
+that the op replaces, which `peft_formula` spells out. Over a handful of elements the ratio of two rounding
+errors is luck; so there, and everywhere else too, each element is held to what rounding can do to it at
+the worst. A and B are never zero: a zero B hides a wrong gradient.
 """
 
 import itertools
@@ -40,14 +40,16 @@ SHAPES = [  # M, K, N, rank
     (6, 64, 64, 16),
     (7, 130, 31, 70),
     (13, 3, 200, 3),
-    (64, 127, 7, 70),
+    (4, 300, 900, 16),
+    (64, 127, 20, 70),
     (131, 300, 96, 16),
 ]
-LARGE = [
-    (300, 5000, 120, 16),
-    (140, 200, 1100, 16),
+LARGE = [  # past the blocks of rows, of K and of N; the top rank
+    (600, 96, 80, 16),
+    (30, 5000, 70, 16),
+    (30, 70, 5000, 16),
     (70, 96, 80, 512),
-]  # past the blocks of K and of N; the top rank
+]
 DROPOUTS = [0.0, 0.3]
 
 
@@ -187,7 +189,7 @@ def worst_rounding(p, name, exact, dtype):
 
 
 def check(p, rule=True):
-    """The op keeps the rule for the output and for every gradient. `rule=False`: no element is off by too much."""
+    """The output and every gradient keep the rule. `rule=False`: no element is off by too much."""
     got, eager, oracle = forward_backward(lora_linear, p), forward_backward(peft_formula, p), in_float64(p)
     for name, exact in oracle.items():
         assert got[name].shape == exact.shape, name
@@ -203,7 +205,7 @@ def assert_equal(a, b):
         assert torch.equal(a[name], b[name]), name
 
 
-# ------------------------------------------------------------------------------------------------ numbers
+# ------------------------------------------------------------------------------------------------- numbers
 
 
 @pytest.mark.every_isa
@@ -298,7 +300,7 @@ def test_a_nan_stays_in_its_row(row, dtypes):
     assert out[torch.arange(11) != row].isfinite().all()
 
 
-# ------------------------------------------------------------------------------------------------ layouts
+# ------------------------------------------------------------------------------------------------- layouts
 
 
 def strided(tensor, layout):
@@ -326,10 +328,9 @@ LAYOUTS = ["row slice", "odd offset", "row stride", "column stride", "transposed
 @pytest.mark.parametrize("layout", LAYOUTS)
 @by_dtype
 def test_layouts_change_nothing(dtypes, layout, transposed):
-    p = problem((19, 67, 35, 5), dtypes, bias=True, transposed=transposed, dropout=0.3)
-    assert_equal(
-        forward_backward(lora_linear, p.map(lambda t: strided(t, layout))), forward_backward(lora_linear, p)
-    )
+    p = problem((19, 67, 35, 5), dtypes, transposed=transposed, dropout=0.3)
+    other = p.map(lambda tensor: strided(tensor, layout))
+    assert_equal(forward_backward(lora_linear, other), forward_backward(lora_linear, p))
 
 
 @pytest.mark.parametrize("operand", ["x", "weight", "lora_A", "lora_B", "grad"])
@@ -391,11 +392,11 @@ def test_any_shape_and_layout(shape, dtypes, layouts, bias, transposed, dropout,
     )
 
 
-# ------------------------------------------------------------------------------------------------ gradients
+# ----------------------------------------------------------------------------------------------- gradients
 
 
 @pytest.mark.parametrize(
-    "wanted", itertools.product([False, True], repeat=4), ids=lambda w: "".join("01"[i] for i in w)
+    "wanted", list(itertools.product([False, True], repeat=4)), ids=lambda w: "".join("-+"[i] for i in w)
 )
 def test_only_the_gradients_asked_for(wanted):
     p = problem((13, 40, 30, 6), DTYPES["bf16-fp32"], bias=True, dropout=0.3)
@@ -551,7 +552,7 @@ def test_no_grad_saves_nothing():
         assert torch.equal(out, expected)
 
 
-# ------------------------------------------------------------------------------------------------ determinism, dropout
+# ------------------------------------------------------------------------------------ determinism, dropout
 
 
 @pytest.mark.skipif(torch.get_num_threads() < 2, reason="one thread only")
@@ -599,10 +600,10 @@ def test_no_dropout_leaves_the_generator_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def kernel_masks(shape, dropouts, seed, dtype):
-    """The kernel's keep-masks, read off its output: x = 1, W = 0, A = 1, B = 1, so y = keep / (1 - dropout)."""
-    *batch, K = shape
-    eye = torch.eye(K, dtype=dtype)
+def kernel_masks(shape, dropouts, seed, dtypes):
+    """The kernel's keep-masks, read off its output: x = 1, W = 0, A = B = eye: y = keep / (1 - dropout)."""
+    K, (dtype, adapter_dtype) = shape[-1], dtypes
+    eye = torch.eye(K, dtype=adapter_dtype)
     for i, p in enumerate(dropouts):
         scaling = [float(i == j) for j in range(len(dropouts))]
         out = lora_linear(
@@ -625,7 +626,7 @@ def kernel_masks(shape, dropouts, seed, dtype):
 @by_dtype
 def test_the_kernel_drops_what_the_reference_drops(shape, seed, dtypes):
     seed, dropouts = torch.tensor([seed]), [0.25, 0.0, 0.7]
-    for i, kept in enumerate(kernel_masks(shape, dropouts, seed, dtypes[0])):
+    for i, kept in enumerate(kernel_masks(shape, dropouts, seed, dtypes)):
         assert torch.equal(kept, reference.dropout_mask(shape, dropouts[i], seed, adapter=i))
 
 
@@ -692,7 +693,7 @@ def test_dropout_drops_as_often_as_asked(dropout):
 
 
 def test_drawn_seeds_drop_as_often_as_asked():
-    """Over seeds that torch draws, each element is kept with the right frequency, independently per adapter."""
+    """Over seeds that torch draws, elements are kept with the right frequency, independently per adapter."""
     x, eye, runs = torch.ones(1, 32), torch.eye(32), 1000
     kept = torch.zeros(2)
     both = 0
@@ -706,7 +707,7 @@ def test_drawn_seeds_drop_as_often_as_asked():
     assert within_five_sigma(both, runs * 32, 0.25)
 
 
-# ------------------------------------------------------------------------------------------------ modes of torch
+# ------------------------------------------------------------------------------------------ modes of torch
 
 
 def compiled(backend, **options):
@@ -768,9 +769,14 @@ def test_activation_checkpointing_replays_the_dropout(reentrant):
     assert all(map(torch.equal, plain, replayed))
 
 
-@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "dtypes", [DTYPES["fp32"], DTYPES["bf16"], DTYPES["bf16-fp32"]], ids=["fp32", "bf16", "bf16-fp32"]
+    ("dtypes", "autocast"),
+    [
+        ("fp32", torch.bfloat16),
+        ("fp32", torch.float16),
+        ("bf16", torch.bfloat16),
+        ("bf16-fp32", torch.bfloat16),
+    ],
 )
 def test_autocast(dtypes, autocast):
     def under(function):
@@ -780,16 +786,15 @@ def test_autocast(dtypes, autocast):
 
         return run
 
-    p = problem((31, 64, 48, 8), dtypes, bias=True, dropout=0.3)
+    p = problem((64, 64, 48, 20), DTYPES[dtypes], bias=True, dropout=0.3)
     p.grad = p.grad.to(autocast)
-    got, eager, oracle = (
-        forward_backward(under(lora_linear), p),
-        forward_backward(under(peft_formula), p),
-        in_float64(p),
-    )
-    for name in oracle:
+    got, eager = forward_backward(under(lora_linear), p), forward_backward(under(peft_formula), p)
+    for name, exact in in_float64(p).items():
         assert got[name].dtype == eager[name].dtype, name
-        assert_as_accurate(got[name], eager[name], oracle[name])
+        if exact.numel() >= 900:
+            assert_as_accurate(got[name], eager[name], exact, name=name)
+        else:
+            torch.testing.assert_close(got[name], exact.to(got[name].dtype), rtol=0.01, atol=0.01)
 
 
 def test_autocast_ends_where_it_is_disabled():
@@ -799,7 +804,7 @@ def test_autocast_ends_where_it_is_disabled():
         assert call(lora_linear, p).dtype == torch.float32
 
 
-# ------------------------------------------------------------------------------------------------ bad input
+# ----------------------------------------------------------------------------------------------- bad input
 
 GOOD = dict(
     x=torch.ones(5, 8),
@@ -895,7 +900,7 @@ def test_the_smallest_and_largest_dropout():
     check(replace(p, dropout=[1 - 1e-7]))
 
 
-# ------------------------------------------------------------------------------------------------ registration
+# -------------------------------------------------------------------------------------------- registration
 
 
 def operands(p):
@@ -908,7 +913,7 @@ def operands(p):
 @pytest.mark.parametrize("ranks", [[4], [4, 7]], ids=str)
 @by_dtype
 def test_opcheck(dtypes, ranks, dropout):
-    """torch's own checks of an op: its schema, fake, autograd registration, and tracing with dynamic shapes."""
+    """torch's own checks of an op: schema, fake, autograd registration, tracing with dynamic shapes."""
     p = problem((13, 40, 30, None), dtypes, bias=True, ranks=ranks, dropout=dropout)
     opcheck(FORWARD, operands(p))
     y, u = FORWARD(*operands(p))

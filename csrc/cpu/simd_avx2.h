@@ -35,8 +35,7 @@ struct Avx2 {
   PEFTFAST_INLINE static void store(bf16* p, F x) {
     const U bits = _mm256_castps_si256(x);
     const U odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const U rounded =
-        _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const U rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
     const U is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
     const U result = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), is_nan);
     store_half(p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(result, result), 0x08)));

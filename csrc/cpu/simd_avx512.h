@@ -34,8 +34,7 @@ struct Avx512 {
   PEFTFAST_INLINE static void store(bf16* p, F x) {
     const U bits = _mm512_castps_si512(x);
     const U odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const U rounded =
-        _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    const U rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
     const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
     store_half(p, _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc0))));
   }
@@ -44,7 +43,9 @@ struct Avx512 {
   PEFTFAST_INLINE static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   PEFTFAST_INLINE static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   PEFTFAST_INLINE static F now(F x) {
+#if !defined(PEFTFAST_EMULATE_AVX512)  // there x is no register
     asm volatile("" : "+v"(x));
+#endif
     return x;
   }
   PEFTFAST_INLINE static float sum(F a) {
@@ -113,9 +114,7 @@ struct Avx512 {
     std::memcpy(&bits, pair, sizeof(bits));
     return _mm512_set1_epi32(bits);
   }
-  PEFTFAST_INLINE static __m256i load_half(const void* p) {
-    return _mm256_loadu_si256(static_cast<const __m256i*>(p));
-  }
+  PEFTFAST_INLINE static __m256i load_half(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   PEFTFAST_INLINE static void store_half(void* p, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
 };
 

@@ -8,7 +8,7 @@ namespace {
 
 struct Avx512Bf16 : Avx512 {
   static constexpr bool has_bf16_dot = true;
-  using Pairs = __m512i;   // `width` pairs of bf16
+  using Pairs = __m512i;  // `width` pairs of bf16
 
   PEFTFAST_INLINE static Pairs load_pairs(const void* p) { return _mm512_loadu_si512(p); }
   PEFTFAST_INLINE static Pairs set1_pairs(const bf16* pair) { return set1_pair(pair); }

@@ -7,11 +7,11 @@ namespace peftfast::cpu {
 namespace {
 
 struct Scalar {
-  using F = float;      // `width` floats
-  using U = uint32_t;   // `width` 32-bit words
+  using F = float;     // `width` floats
+  using U = uint32_t;  // `width` 32-bit words
   static constexpr int width = 1;
-  static constexpr int tile_rows = 3, tile_vectors = 4;   // the register tile: rows x vectors of accumulators
-  static constexpr bool has_bf16_dot = false;             // multiplies pairs of bf16 in one instruction
+  static constexpr int tile_rows = 3, tile_vectors = 4;  // the register tile: rows x vectors of accumulators
+  static constexpr bool has_bf16_dot = false;            // multiplies pairs of bf16 in one instruction
 
   PEFTFAST_INLINE static F zero() { return 0.0f; }
   PEFTFAST_INLINE static F set1(float x) { return x; }
@@ -43,7 +43,7 @@ struct Scalar {
   }
 
   PEFTFAST_INLINE static U words(uint32_t x) { return x; }
-  PEFTFAST_INLINE static U counting_from(uint32_t x) { return x; }   // x, x + 1, ...
+  PEFTFAST_INLINE static U counting_from(uint32_t x) { return x; }  // x, x + 1, ...
   PEFTFAST_INLINE static U exclusive_or(U a, U b) { return a ^ b; }
   PEFTFAST_INLINE static void multiply(U a, uint32_t b, U& high, U& low) {
     const uint64_t product = static_cast<uint64_t>(a) * b;

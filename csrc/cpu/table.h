@@ -14,10 +14,10 @@ constexpr int64_t panel_columns = 64;
 
 // A run of ranks that share a dropout mask: one adapter, or all of them when none drops.
 struct Segment {
-  int64_t begin, end;   // ranks
-  uint32_t threshold;   // a random word below it drops the element; 0: no dropout
-  uint32_t adapter;     // its place in the generator's counter
-  float keep_scale;     // 1 / (1 - dropout)
+  int64_t begin, end;  // ranks
+  uint32_t threshold;  // a random word below it drops the element; 0: no dropout
+  uint32_t adapter;    // its place in the generator's counter
+  float keep_scale;    // 1 / (1 - dropout)
 };
 
 struct Dropout {
@@ -28,49 +28,49 @@ struct Dropout {
 
 // out[j, n] = B[n, j] in fp32, for n in [begin, end): makes the ranks the rows.
 struct TransposeArgs {
-  const void* B;    // [N, rank]
+  const void* B;  // [N, rank]
   int64_t rank;
-  float* out;       // [rank, N]
+  float* out;  // [rank, N]
   int64_t N;
 };
 
 // U = scale * dropout(X) A^T, for rows [begin, end).
 struct DownArgs {
-  const void* X;        // [M, Q]
+  const void* X;  // [M, Q]
   int64_t ldx;
   int64_t Q;
-  const float* A;       // [R, Q]
-  const float* scale;   // [R]
+  const float* A;      // [R, Q]
+  const float* scale;  // [R]
   int64_t R;
   Dropout dropout;
-  float* U;             // [M, R]
+  float* U;  // [M, R]
 };
 
 // Y = X W + bias + dropout(U L), for rows [row_begin, row_end) of the panel that starts at `column`.
 struct LinearArgs {
   int64_t M, P, Q;
-  const void* X;               // [M, Q]
+  const void* X;  // [M, Q]
   int64_t ldx;
-  const void* W;               // element (q, p) at W[p * ldw + q] when reduction_contiguous, else W[q * ldw + p]
+  const void* W;  // element (q, p) at W[p * ldw + q] when reduction_contiguous, else W[q * ldw + p]
   int64_t ldw;
   bool reduction_contiguous;
-  const float* bias;           // [P] or null
-  const float* U;              // [M, R]
-  const float* L;              // [R, P]
+  const float* bias;  // [P] or null
+  const float* U;     // [M, R]
+  const float* L;     // [R, P]
   int64_t R;
-  Dropout dropout;             // of U L; its masks are those of an [M, P] matrix
-  void* Y;                     // [M, P]
+  Dropout dropout;  // of U L; its masks are those of an [M, P] matrix
+  void* Y;          // [M, P]
 };
 
 // D = V^T dropout(X), for the panel of columns that starts at `column`. Each segment writes to its own gradient.
 struct OuterArgs {
-  const float* V;      // [M, R]
+  const float* V;  // [M, R]
   int64_t R;
-  const void* X;       // [M, P]
+  const void* X;  // [M, P]
   int64_t ldx;
   int64_t M, P;
   Dropout dropout;
-  float* D;            // [R, P]
+  float* D;  // [R, P]
 };
 
 struct Table {
@@ -78,11 +78,11 @@ struct Table {
   void (*down[dtype_count])(const DownArgs& args, int64_t row_begin, int64_t row_end);
   void (*linear[dtype_count])(const LinearArgs& args, int64_t column, int64_t row_begin, int64_t row_end);
   void (*outer[dtype_count])(const OuterArgs& args, int64_t column);
-  double (*flops_of_loop[dtype_count])(int64_t iterations);   // runs the loop and returns the FLOP it did
+  double (*flops_of_loop[dtype_count])(int64_t iterations);  // runs the loop and returns the FLOP it did
 };
 
 extern const Table scalar_table, avx2_table, avx512_table, avx512_bf16_table;
 
-const Table& table();   // of the instruction set in use
+const Table& table();  // of the instruction set in use
 
 }  // namespace peftfast::cpu

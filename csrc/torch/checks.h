@@ -1,6 +1,6 @@
-// Checks that keep the kernels inside their memory, and the way from tensors to plain arguments. Messages name the argument,
-// what came and what was wanted. The Python functions of peftfast.ops check first and raise ValueError or TypeError;
-// these also guard a direct call of torch.ops.peftfast.
+// Checks that keep the kernels inside their memory, and the way from tensors to plain arguments. Messages name the
+// argument, what came and what was wanted. The Python functions of peftfast.ops check first and raise ValueError or
+// TypeError; these also guard a direct call of torch.ops.peftfast.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

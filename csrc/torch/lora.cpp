@@ -88,16 +88,16 @@ std::tuple<Tensor, Tensor> lora_linear_cpu(const Tensor& x, const Tensor& weight
   const AdapterList adapters(lora_A, lora_B, scaling, dropout, base.K, base.N, dtype);
   std::optional<Tensor> bias32;
   if (bias.has_value()) {
-    STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == base.N, "bias has shape ",
-                    shape_text(*bias), ", expected [", base.N, "] on the CPU.");
+    STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == base.N, "bias has shape ", shape_text(*bias),
+                    ", expected [", base.N, "] on the CPU.");
     dtype_of(*bias, "bias");
     bias32 = fp32_copy(*bias);
   }
   const int64_t* seed_data = seed_of(seed, adapters.any_dropout);
   const Tensor X = with_contiguous_rows(x);
   Tensor y = empty({M, base.N}, x.scalar_type()), u = empty({M, adapters.rank}, ScalarType::Float);
-  cpu::lora_linear({M, base.N, base.K, dtype, X.const_data_ptr(), leading_dimension(X), base.W.const_data_ptr(), base.ld,
-                    base.transposed, bias32 ? static_cast<const float*>(bias32->const_data_ptr()) : nullptr,
+  cpu::lora_linear({M, base.N, base.K, dtype, X.const_data_ptr(), leading_dimension(X), base.W.const_data_ptr(),
+                    base.ld, base.transposed, bias32 ? static_cast<const float*>(bias32->const_data_ptr()) : nullptr,
                     adapters.plain.data(), static_cast<int>(adapters.plain.size()), seed_data,
                     static_cast<float*>(u.mutable_data_ptr()), y.mutable_data_ptr()},
                    torch_threads());
@@ -106,9 +106,9 @@ std::tuple<Tensor, Tensor> lora_linear_cpu(const Tensor& x, const Tensor& weight
 
 // grad_y [M, N] -> (grad_x [M, K], grad_A, grad_B); what is not wanted comes back empty.
 std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_linear_backward_cpu(
-    const Tensor& grad_y, const Tensor& x, const Tensor& weight, std::vector<Tensor> lora_A,
-    std::vector<Tensor> lora_B, const Tensor& u, std::vector<double> scaling, std::vector<double> dropout,
-    std::optional<Tensor> seed, bool transposed, bool want_x, std::vector<bool> want_A, std::vector<bool> want_B) {
+    const Tensor& grad_y, const Tensor& x, const Tensor& weight, std::vector<Tensor> lora_A, std::vector<Tensor> lora_B,
+    const Tensor& u, std::vector<double> scaling, std::vector<double> dropout, std::optional<Tensor> seed,
+    bool transposed, bool want_x, std::vector<bool> want_A, std::vector<bool> want_B) {
   const Base base(weight, transposed);
   STD_TORCH_CHECK(x.dim() == 2, "x must have 2 dimensions here, got ", x.dim(), ".");
   const int64_t M = x.size(0);

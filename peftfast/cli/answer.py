@@ -43,8 +43,9 @@ def main(model_name: str, adapter: str, prompts_file: str, answers_file: str) ->
     """Answer {"prompts", "max_new_tokens"} of one file into another, with stock PEFT alone."""
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
+    logging.disable_progress_bar()
     with open(prompts_file, encoding="utf-8") as file:
         task = json.load(file)
     base = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32, local_files_only=True)

@@ -193,13 +193,18 @@ def _chat_parts(messages: list[dict], tokenizer) -> list[tuple[str, bool]]:
     return [*parts, (whole[position:], False)]
 
 
-def split(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Return (training, held-out) examples; a share above 0 holds out at least one, at random."""
+def split(
+    examples: list[Example], share: float, seed: int, *, at_most: int
+) -> tuple[list[Example], list[Example]]:
+    """Return (training, held-out) examples, drawn at random.
+
+    A `share` above 0 holds out at least one example and at most `at_most`; 0 holds out none.
+    """
     if share == 0:
         return examples, []
     if len(examples) < 2:
         raise UserError("one example cannot be split: pass --eval-file, or --eval-share 0 to train without.")
-    count = min(max(1, round(share * len(examples))), len(examples) - 1)
+    count = min(max(1, round(share * len(examples))), len(examples) - 1, at_most)
     held_out = set(random.Random(seed).sample(range(len(examples)), count))
     return (
         [example for index, example in enumerate(examples) if index not in held_out],

@@ -35,7 +35,7 @@ SETTINGS = {
     "lora_r": 8,
     "lora_alpha": 16,
     "learning_rate": 5e-3,
-    "epochs": 3,
+    "epochs": 2,
     "micro_batch_size": 32,
     "sequence_len": 64,
 }
@@ -120,7 +120,7 @@ def _reload(adapter: Path) -> tuple[int, int]:
         prompts = [line["prompt"] for line in lines]
         task.write_text(json.dumps({"prompts": prompts, "max_new_tokens": longest}), encoding="utf-8")
         subprocess.run(
-            [sys.executable, answer.__file__, demo.BASE, adapter, task, answers],
+            [sys.executable, "-W", "ignore", answer.__file__, demo.BASE, adapter, task, answers],
             check=True,
             # The modules beside the file must not stand in for others of the same name.
             env=os.environ | {"PYTHONSAFEPATH": "1"},

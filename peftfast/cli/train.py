@@ -27,6 +27,7 @@ from typer import Option
 from peftfast.cli import data
 from peftfast.cli.answer import answer
 from peftfast.cli.errors import UserError, first_sentence
+from peftfast.cli.model import is_local_model, load_model, load_tokenizer
 
 RESULT_FILE = "train_result.json"
 ANSWERS_FILE = "held_out_answers.jsonl"
@@ -186,21 +187,25 @@ def train(settings: TrainSettings, console: Console | None = None) -> TrainResul
     check_output(settings)
     records = data.read_records(settings.data)
     held_out_records = data.read_records(settings.eval_file) if settings.eval_file else None
-    local = _is_local_model(settings.model)
+    local = is_local_model(settings.model)
 
+    import huggingface_hub
     import transformers
 
+    huggingface_hub.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with console.status("Loading the model"):
-        tokenizer = _load_tokenizer(settings.model, local)
+        tokenizer = load_tokenizer(settings.model, local)
         examples = data.encode(records, tokenizer, settings.sequence_len)
         if held_out_records:
             held_out = data.encode(held_out_records, tokenizer, settings.sequence_len)
+            held_out = held_out[: settings.max_eval_examples]
         else:
-            examples, held_out = data.split(examples, settings.eval_share, settings.seed)
-        held_out = held_out[: settings.max_eval_examples]
-        model = _load_model(settings.model, settings.dtype, local)
+            examples, held_out = data.split(
+                examples, settings.eval_share, settings.seed, at_most=settings.max_eval_examples
+            )
+        model = load_model(settings.model, DTYPES[settings.dtype], local)
     return _fine_tune(settings, console, model, tokenizer, examples, held_out)
 
 
@@ -211,8 +216,10 @@ def _fine_tune(
     import transformers
 
     transformers.set_seed(settings.seed)
-    with _backend(settings.backend), _folder_written_at_once(settings) as folder:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_backend(settings.backend))
         model = METHODS[settings.method](model, settings)
+        folder = stack.enter_context(_folder_written_at_once(settings))
         trainer = _build_trainer(settings, model, tokenizer, examples, str(folder), console)
         before, _ = _evaluate(trainer, tokenizer, held_out, console)
         _reset_peak_memory()
@@ -274,63 +281,6 @@ def _report(model) -> str:
     import peftfast
 
     return str(peftfast.report(model))
-
-
-def _is_local_model(name: str) -> bool:
-    """Tell a folder from a hub name, which is the one thing that lets transformers use the network.
-
-    Raises:
-        UserError: `name` looks like a path and is not the folder of a model.
-    """
-    path = Path(name).expanduser()
-    starts_in_folder = len(path.parts) > 1 and Path(path.parts[0]).exists()
-    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) and not starts_in_folder and not path.exists():
-        return False
-    if not path.is_dir():
-        raise UserError(f"--model {name}: there is no such folder.")
-    if not (path / "config.json").is_file():
-        raise UserError(f"--model {name}: not a model folder, it has no config.json.")
-    return True
-
-
-def _load_tokenizer(name: str, local: bool):
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            Path(name).expanduser() if local else name, local_files_only=local
-        )
-    except Exception as error:  # whatever a library raises over a folder's contents, the folder is at fault
-        raise UserError(
-            f"--model {name}: its tokenizer cannot be loaded: {first_sentence(error)}."
-        ) from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token is None:
-        raise UserError(f"--model {name}: its tokenizer has neither a padding nor an end-of-sequence token.")
-    return tokenizer
-
-
-def _load_model(name: str, dtype: str, local: bool):
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            Path(name).expanduser() if local else name,
-            dtype=getattr(torch, DTYPES[dtype]),
-            local_files_only=local,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except Exception as error:  # as above
-        raise UserError(f"--model {name}: the model cannot be loaded: {first_sentence(error)}.") from error
-    if info["missing_keys"]:
-        # transformers would go on with random numbers in their place.
-        raise UserError(
-            f"--model {name}: the checkpoint lacks {len(info['missing_keys'])} of the model's weights."
-        )
-    return model
 
 
 def _build_trainer(settings: TrainSettings, model, tokenizer, examples, folder: str, console: Console):
@@ -499,16 +449,18 @@ def check_record_file(path: Path | None) -> None:
 def _folder_written_at_once(settings: TrainSettings) -> Iterator[Path]:
     """Yield a temporary folder beside `settings.out`, which takes its place if the block ends well."""
     out = settings.out.absolute()
+    # Where the parent is still missing, beside means in the nearest folder that exists: the same file system.
+    beside = next(parent for parent in out.parents if parent.exists())
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=beside))
     except OSError as error:
         raise UserError(f"--out {settings.out} cannot be written: {error.strerror}.") from error
     try:
         yield folder
         check_output(settings)
         folder.chmod(0o777 & ~_umask())
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as aside:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=beside) as aside:
             if out.exists():
                 os.replace(out, Path(aside, "earlier"))
             os.replace(folder, out)
@@ -523,12 +475,12 @@ def _umask() -> int:
 
 
 def show(result: TrainResult, console: Console) -> None:
-    """Print the result as a table."""
-    table = Table(title=f"{result.settings['method']} on {result.settings['model']}", title_justify="left")
-    table.add_column("held-out" if result.before else "")
-    table.add_column("before", justify="right")
-    table.add_column("after", justify="right")
+    """Print the held-out scores as a table, and below it what the run took."""
     if result.before and result.after:
+        table = Table(title=f"{result.settings['method']} on {Path(result.settings['model']).name}")
+        table.add_column("held-out")
+        table.add_column("before", justify="right")
+        table.add_column("after", justify="right")
         table.add_row("loss, nats per token", f"{result.before.loss:.3f}", f"{result.after.loss:.3f}")
         table.add_row("perplexity", f"{result.before.perplexity:.2f}", f"{result.after.perplexity:.2f}")
         if result.after.exact_match is not None:

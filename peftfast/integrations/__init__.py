@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -67,7 +67,7 @@ def enable(strict: bool = False) -> None:
     """
     from peftfast.integrations import peft
 
-    peft.install(everywhere=True, strict=strict)
+    peft.restore(replace(peft.switch, everywhere=True, strict=strict))
 
 
 def disable() -> None:
@@ -87,14 +87,14 @@ def enabled(strict: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        peft.restore(before)
+        peft.restore(replace(before, accelerated=peft.switch.accelerated))
 
 
 def accelerate(model: nn.Module, strict: bool = False) -> nn.Module:
     """Runs the adapted layers that `model` has now on the fused operators and leaves all other models alone.
 
     Returns:
-        `model` itself. Copies of it made by deepcopy or pickle are accelerated too.
+        `model` itself. A deepcopy of it is accelerated too.
     Raises:
         ValueError: the model has no adapted layers.
     """

@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from peft.tuners.lora import Linear, LoraLayer
@@ -25,40 +25,47 @@ from transformers.pytorch_utils import Conv1D
 from peftfast.integrations import FallbackError, LayerReport
 from peftfast.ops.lora import DTYPES, KERNEL_DEVICES, call
 
-MARK = "_peftfast"  # on a layer of an accelerated model: "on" or "strict"; a plain string, so that copies keep it
+MARK = "_peftfast"  # on a layer of an accelerated model: (generation, strict); plain values, so that copies keep it
 
 
 @dataclass(frozen=True)
 class Switch:
-    """What is in force: the patch is installed; it holds for every model; a fallback is an error."""
+    """What is in force: for every model, with fallbacks as errors, for models given to `accelerate`."""
 
-    installed: bool = False
     everywhere: bool = False
     strict: bool = False
+    accelerated: bool = False
+
+    @property
+    def installed(self) -> bool:
+        return self.everywhere or self.accelerated
 
 
 switch = Switch()
-_original_forward = Linear.forward
+_generation = 0  # marks of an earlier one are void: `disable` ends them all
+_originals: dict[type, Callable] = {}  # forward of each patched class
 _last_fallback: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
-
-
-def install(everywhere: bool, strict: bool) -> None:
-    restore(Switch(installed=True, everywhere=everywhere, strict=strict))
-
-
-def uninstall() -> None:
-    restore(Switch())
 
 
 def restore(wanted: Switch) -> None:
     """Makes `wanted` hold."""
-    global switch, _original_forward
+    global switch
     if wanted.installed and not switch.installed:
-        _original_forward = Linear.forward
-        Linear.forward = functools.wraps(_original_forward)(_forward)
+        for kind in _layer_kinds(LoraLayer):
+            _originals[kind] = kind.forward
+            patch = _forward if kind is Linear else _forward_of_other_kind(kind.forward)
+            kind.forward = functools.wraps(kind.forward)(patch)
     elif switch.installed and not wanted.installed:
-        Linear.forward = _original_forward
+        for kind, forward in _originals.items():
+            kind.forward = forward
+        _originals.clear()
     switch = wanted
+
+
+def uninstall() -> None:
+    global _generation
+    _generation += 1
+    restore(Switch())
 
 
 def mark(model: nn.Module, strict: bool) -> None:
@@ -66,9 +73,8 @@ def mark(model: nn.Module, strict: bool) -> None:
     if not layers:
         raise ValueError("model has no LoRA layers of PEFT: call get_peft_model before accelerate.")
     for layer in layers:
-        layer.__dict__[MARK] = "strict" if strict else "on"
-    if not switch.installed:
-        restore(Switch(installed=True))
+        layer.__dict__[MARK] = (_generation, strict)
+    restore(replace(switch, accelerated=True))
 
 
 def inspect(model: nn.Module) -> Iterator[LayerReport]:
@@ -76,27 +82,58 @@ def inspect(model: nn.Module) -> Iterator[LayerReport]:
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
-        if not (switch.installed and (switch.everywhere or MARK in layer.__dict__)):
+        if not _in_force(layer)[0]:
             reason = "peftfast is not enabled"
         elif not isinstance(layer, Linear):
-            reason = "there is no fused operator for this kind of layer"
+            reason = _at_rest(layer) or _why_not_kind(layer)
         else:
             reason = _at_rest(layer) or _why_not(layer) or _last_fallback.get(layer)
         yield LayerReport(name, f"lora.{type(layer).__name__}", reason is None, reason)
 
 
+def _layer_kinds(base: type) -> Iterator[type]:
+    """The subclasses of `base` that have a forward of their own."""
+    for kind in base.__subclasses__():
+        if "forward" in kind.__dict__:
+            yield kind
+        yield from _layer_kinds(kind)
+
+
+def _in_force(layer: LoraLayer) -> tuple[bool, bool]:
+    """Whether peftfast is on for this layer, and whether its fallbacks are errors."""
+    generation, strict = layer.__dict__.get(MARK, (None, False))
+    marked = generation == _generation
+    return switch.everywhere or marked, (switch.everywhere and switch.strict) or (marked and strict)
+
+
 def _forward(self: Linear, x: Tensor, *args, **kwargs) -> Tensor:
-    mark = self.__dict__.get(MARK)
-    if not (switch.everywhere or mark) or _at_rest(self):
-        return _original_forward(self, x, *args, **kwargs)
+    """The forward of lora.Linear while peftfast is installed."""
+    on, strict = _in_force(self)
+    original = _originals[Linear]
+    if not on or _at_rest(self):
+        return original(self, x, *args, **kwargs)
     reason = _why_not_call(args, kwargs) or _why_not(self) or _why_not_input(self, x)
     if reason is None:
+        if _last_fallback:
+            _last_fallback.pop(self, None)
         return _fused(self, x)
-    if mark == "strict" or switch.strict:
+    if strict:
         raise FallbackError(f"Layer {_name_of(self)} cannot run on the fast path: {reason}.")
     if not torch.compiler.is_compiling():
         _last_fallback[self] = reason
-    return _original_forward(self, x, *args, **kwargs)
+    return original(self, x, *args, **kwargs)
+
+
+def _forward_of_other_kind(original: Callable) -> Callable:
+    """The forward of a kind of layer that has no fused operator: its own, unless fallbacks are errors."""
+
+    def forward(self: LoraLayer, *args, **kwargs):
+        on, strict = _in_force(self)
+        if on and strict and not _at_rest(self):
+            raise FallbackError(f"Layer {_name_of(self)} cannot run on the fast path: {_why_not_kind(self)}.")
+        return original(self, *args, **kwargs)
+
+    return forward
 
 
 def _fused(layer: Linear, x: Tensor) -> Tensor:
@@ -125,14 +162,17 @@ def _dropout_of(module: nn.Module) -> float:
 # Each function returns None or the reason why not, as the rest of "... cannot run on the fast path: ".
 
 
-def _at_rest(layer: Linear) -> str | None:
+def _why_not_kind(layer: LoraLayer) -> str:
+    return f"there is no fused operator for lora.{type(layer).__name__}"
+
+
+def _at_rest(layer: LoraLayer) -> str | None:
     """States in which PEFT runs the base layer alone: nothing to fuse, and no fallback either."""
     if layer.disable_adapters:
         return "its adapters are disabled, the base layer runs alone"
     if layer.merged:
         return "its adapters are merged into the base weight"
-    lora_A = layer.lora_A
-    if not any(name in lora_A for name in layer.active_adapters):
+    if not any(name in layer.lora_A or name in layer.lora_embedding_A for name in layer.active_adapters):
         return "it has no active adapter, the base layer runs alone"
     return None
 
@@ -170,7 +210,11 @@ def _why_not(layer: Linear) -> str | None:
         if name not in layer.lora_A:
             continue
         variant = layer.lora_variant.get(name)
-        if variant is not None and variant is not MiCALinearVariant and type(variant) is not MiCALinearVariant:
+        if (
+            variant is not None
+            and variant is not MiCALinearVariant
+            and type(variant) is not MiCALinearVariant
+        ):
             kind = variant if isinstance(variant, type) else type(variant)
             return f"adapter {name} is not plain LoRA but {kind.__name__.removesuffix('LinearVariant')}"
         A, B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
@@ -193,8 +237,8 @@ def _why_not(layer: Linear) -> str | None:
 
 def _why_not_input(layer: Linear, x: Tensor) -> str | None:
     """The input, and the dtypes that follow from it and from autocast."""
-    if not _is_plain_tensor(x):
-        return f"its input is a {type(x).__name__}"
+    if not _is_plain_tensor(x) or x.layout is not torch.strided:
+        return f"its input is a {type(x).__name__} of layout {x.layout}"
     weight = layer.base_layer.weight
     if x.device != weight.device:
         return f"its input is on {x.device}, its weight on {weight.device}"

@@ -63,7 +63,8 @@ def call(x, weight, lora_A, lora_B, scaling, bias, dropout, transposed, seed=Non
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None or bias.dtype == torch.float32 else bias.to(dtype)
+        if bias is not None and bias.dtype != torch.float32:
+            bias = bias.to(dtype)
     for i, s in enumerate(scaling):
         if isinstance(s, Tensor):  # into B, so that its value is never read on the host
             lora_B = [B * s.to(B.dtype) if i == j else B for j, B in enumerate(lora_B)]
@@ -92,12 +93,16 @@ def _check(x, weight, lora_A, lora_B, scaling, bias, dropout, transposed, seed) 
             continue
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}.")
+        if value.layout is not torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got layout {_name(value.layout)}.")
         if value.device != x.device:
             raise ValueError(f"{name} is on {value.device}, but x is on {x.device}.")
     counts = {"lora_B": len(lora_B), "scaling": len(scaling), "dropout": len(dropout)}
     for name, count in counts.items():
         if count != len(lora_A):
-            raise ValueError(f"{name} has {count} entries, but lora_A has {len(lora_A)}: one per adapter is wanted.")
+            raise ValueError(
+                f"{name} has {count} entries, but lora_A has {len(lora_A)}: one per adapter is wanted."
+            )
 
     autocast = torch.is_autocast_enabled(x.device.type)
     if x.dtype not in DTYPES:
@@ -123,7 +128,9 @@ def _check(x, weight, lora_A, lora_B, scaling, bias, dropout, transposed, seed) 
         if B.dtype != A.dtype:
             raise TypeError(f"lora_B[{i}] is {_name(B.dtype)}, but lora_A[{i}] is {_name(A.dtype)}.")
         if A.dim() != 2 or A.shape[0] == 0 or A.shape[1] != inputs:
-            raise ValueError(f"lora_A[{i}] has shape {list(A.shape)}, expected [rank, {inputs}] with a rank above 0.")
+            raise ValueError(
+                f"lora_A[{i}] has shape {list(A.shape)}, expected [rank, {inputs}] with a rank above 0."
+            )
         if B.shape != (outputs, A.shape[0]):
             raise ValueError(f"lora_B[{i}] has shape {list(B.shape)}, expected [{outputs}, {A.shape[0]}].")
         if isinstance(s, Tensor):
@@ -139,8 +146,8 @@ def _check(x, weight, lora_A, lora_B, scaling, bias, dropout, transposed, seed) 
         raise ValueError(f"seed must be one int64 value, got {seed.numel()} of {_name(seed.dtype)}.")
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _name(of_torch: torch.dtype | torch.layout) -> str:
+    return str(of_torch).removeprefix("torch.")
 
 
 @torch.library.register_fake("peftfast::lora_linear")
@@ -191,7 +198,9 @@ class _LoraLinear(torch.autograd.Function):
         if want_x or any(want_factors):
             scaling, dropout, transposed = ctx.settings
             # Gradients are recorded only for create_graph; then the operator's own autograd refuses in clear words.
-            with contextlib.nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd():
+            with (
+                contextlib.nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd()
+            ):
                 grad_x, grad_A, grad_B = BACKWARD(
                     grad_y, x, weight, factors[:count], factors[count:], u, scaling, dropout, seed, transposed,
                     want_x, want_factors[:count], want_factors[count:],
@@ -208,7 +217,9 @@ def _autograd(x, weight, bias, lora_A, lora_B, scaling, dropout, seed, transpose
 
 
 def _no_second_derivative(ctx, *grads):
-    raise NotImplementedError("peftfast.lora_linear has no second derivative; compute it with peftfast disabled.")
+    raise NotImplementedError(
+        "peftfast.lora_linear has no second derivative; compute it with peftfast disabled."
+    )
 
 
 # torch.library.register_autograd would do for both, but costs 200 us a call on lists of tensors: more than a small layer.

@@ -2,7 +2,11 @@
 // shared with every other file of the program, so they must be compiled for the baseline.
 #pragma once
 
+#if defined(PEFTFAST_EMULATE_AVX512)
+#include "../simd_emulated_avx512.h"
+#else
 #include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -14,4 +18,5 @@
 
 #include "../../kernels.h"
 #include "../../philox.h"
+#include "../scratch.h"
 #include "../table.h"

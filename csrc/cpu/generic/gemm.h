@@ -74,14 +74,14 @@ struct Widened {
   using S = Simd;
   using X = XT;
   using Panel = BT;
-  static constexpr int unit = std::is_same_v<XT, bf16> ? 2 : 1;   // reduction elements a step
-  static constexpr int panel_rows = unit;                         // rows of the panel a step
+  static constexpr int unit = std::is_same_v<XT, bf16> ? 2 : 1;  // reduction elements a step
+  static constexpr int panel_rows = unit;                        // rows of the panel a step
 
   template <int rows>
   PEFTFAST_INLINE static void step(Accumulators<S, rows>& c, const XT* x, int64_t ldx, const BT* panel, int64_t ldp) {
     if constexpr (unit == 2) {
       half<rows>(c, panel, [&](int i) { return S::set1_first(x + i * ldx); });
-      const XT* again = hidden(x);   // each pair is loaded again: kept for both halves they would fill the registers
+      const XT* again = hidden(x);  // each pair is loaded again: kept for both halves they would fill the registers
       half<rows>(c, panel + ldp, [&](int i) { return S::set1_second(again + i * ldx); });
     } else if constexpr (std::is_same_v<XT, float>) {
       half<rows>(c, panel, [&](int i) { return S::set1(x[i * ldx]); });
@@ -199,7 +199,7 @@ void pack_transposed(const T* w, int64_t ldw, int64_t columns, int64_t Q, typena
                      int64_t subpanel_size) {
   using S = typename Mode::S;
   constexpr bool pairs = std::is_same_v<typename Mode::Panel, uint32_t>;
-  constexpr int64_t per_row = pairs ? 2 : 1;   // elements of W in one row of the panel
+  constexpr int64_t per_row = pairs ? 2 : 1;  // elements of W in one row of the panel
   constexpr int64_t NR = tile_columns<S>;
   const int64_t panel_rows = (Q + Mode::unit - 1) / Mode::unit * Mode::panel_rows;
   float* out = reinterpret_cast<float*>(panel);
@@ -259,8 +259,9 @@ void pack_straight(const T* w, int64_t ldw, int64_t columns, int64_t Q, typename
       for (int64_t p = 0; p < (columns + NR - 1) / NR * NR; p += S::width) {
         const int64_t n = q < Q ? columns - p : 0;
         const T* source = w + q * ldw + p;
-        S::store(panel + p / NR * subpanel_size + q * NR + p % NR,
-                 n >= S::width ? S::load(source) : n > 0 ? load_first<S>(source, n) : S::zero());
+        S::store(panel + p / NR * subpanel_size + q * NR + p % NR, n >= S::width ? S::load(source)
+                                                                   : n > 0       ? load_first<S>(source, n)
+                                                                                 : S::zero());
       }
   }
 }
@@ -270,7 +271,7 @@ void pack_straight(const T* w, int64_t ldw, int64_t columns, int64_t Q, typename
 // and each product is summed across its lanes at the end.
 
 template <class S, class T, bool = S::has_bf16_dot && std::is_same_v<T, bf16>>
-struct DotMode {   // X in fp32, W widened as it is loaded
+struct DotMode {  // X in fp32, W widened as it is loaded
   using X = float;
   using Vector = typename S::F;
   static constexpr int width = S::width;
@@ -279,7 +280,7 @@ struct DotMode {   // X in fp32, W widened as it is loaded
   PEFTFAST_INLINE static typename S::F dot(Vector a, Vector b, typename S::F c) { return S::fma(a, b, c); }
 };
 template <class S, class T>
-struct DotMode<S, T, true> {   // both stay bf16
+struct DotMode<S, T, true> {  // both stay bf16
   using X = bf16;
   using Vector = typename S::Pairs;
   static constexpr int width = 2 * S::width;

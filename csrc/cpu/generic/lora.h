@@ -2,37 +2,14 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
-#include <new>
 
+#include "../scratch.h"
 #include "../table.h"
 #include "dropout.h"
 #include "gemm.h"
 
 namespace peftfast::cpu {
 namespace {
-
-// Memory that a thread keeps between calls: it grows to the largest panel it was asked for and is bounded by the
-// block sizes below. Pages are touched once, not at every call.
-class Scratch {
- public:
-  ~Scratch() { std::free(data_); }
-  float* floats(int64_t count) {
-    const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + 63) / 64 * 64;
-    if (bytes > size_) {
-      std::free(data_);
-      size_ = 0;
-      data_ = std::aligned_alloc(64, bytes);
-      if (data_ == nullptr) throw std::bad_alloc();
-      size_ = bytes;
-    }
-    return static_cast<float*>(data_);
-  }
-
- private:
-  void* data_ = nullptr;
-  size_t size_ = 0;
-};
 
 // A packed panel takes half of a 1 MiB L2: 512 KiB over 64 columns.
 constexpr int64_t panel_bytes = 512 * 1024;
@@ -94,8 +71,7 @@ void down(const DownArgs& args, int64_t row_begin, int64_t row_end) {
         } else {
           for (int64_t i = 0; i < rows; ++i) {
             widen<S>(X + (m + i) * args.ldx + q, n, dropped + i * block);
-            if (segment.threshold)
-              drop<S>(args.dropout, segment, (m + i) * args.Q + q, n, dropped + i * block);
+            if (segment.threshold) drop<S>(args.dropout, segment, (m + i) * args.Q + q, n, dropped + i * block);
           }
         }
         dot_rows<S, float>(x, ldx, rows, args.A + segment.begin * args.Q + q, args.Q, segment.end - segment.begin, n,
@@ -126,22 +102,22 @@ class LinearPanel {
     const int64_t rows = row_end - row_begin;
 
     const int64_t low_rank_floats = panel_columns * args_.R;
-    const int64_t panel_floats = few || straight
-                                     ? rows * args_.Q
-                                     : panel_columns * (block / Mode::unit + 1) * Mode::panel_rows;
+    const int64_t panel_floats =
+        few || straight ? rows * args_.Q : panel_columns * (block / Mode::unit + 1) * Mode::panel_rows;
     const int64_t words_floats = S::tile_rows * (panel_columns + random_slack<S>);
     thread_local Scratch scratch;
-    low_rank_ = scratch.floats(low_rank_floats + panel_floats + words_floats + (parked ? rows * panel_columns : 0) + 64);
+    low_rank_ =
+        scratch.floats(low_rank_floats + panel_floats + words_floats + (parked ? rows * panel_columns : 0) + 64);
     float* workspace = low_rank_ + low_rank_floats;
     words_ = reinterpret_cast<uint32_t*>(workspace + panel_floats);
     parked_ = reinterpret_cast<float*>(words_) + words_floats;
     row_begin_ = row_begin;
     if (args_.R > 0)
-      pack_straight<Widened<S, float, float>>(args_.L + column_, args_.P, columns_, args_.R, low_rank_,
-                                              args_.R * NR);
+      pack_straight<Widened<S, float, float>>(args_.L + column_, args_.P, columns_, args_.R, low_rank_, args_.R * NR);
 
     if (few || straight) {
-      for_tiles(row_begin, row_end, [&](auto n, int64_t m, int64_t p) { tile<n.value>(m, p, nullptr, 0, 0, true, false); });
+      for_tiles(row_begin, row_end,
+                [&](auto n, int64_t m, int64_t p) { tile<n.value>(m, p, nullptr, 0, 0, true, false); });
       if (few)
         dot_products(row_begin, row_end, workspace);
       else
@@ -217,7 +193,7 @@ class LinearPanel {
     clear<S, rows>(c);
     for (int s = 0; s < args_.dropout.segment_count; ++s) {
       const Segment& segment = args_.dropout.segments[s];
-      const bool apart = segment.threshold != 0 && s > 0;   // its mask must not touch what is there already
+      const bool apart = segment.threshold != 0 && s > 0;  // its mask must not touch what is there already
       if (apart) {
         store_tile<S, rows>(c, before_, NR);
         clear<S, rows>(c);
@@ -234,8 +210,7 @@ class LinearPanel {
       }
       if (apart)
         for (int i = 0; i < rows; ++i)
-          for (int j = 0; j < S::tile_vectors; ++j)
-            c[i][j] = S::add(c[i][j], S::load(before_ + i * NR + j * S::width));
+          for (int j = 0; j < S::tile_vectors; ++j) c[i][j] = S::add(c[i][j], S::load(before_ + i * NR + j * S::width));
     }
     if (args_.bias != nullptr)
       for (int j = 0; j < S::tile_vectors; ++j) {
@@ -306,11 +281,11 @@ class LinearPanel {
   const LinearArgs& args_;
   const int64_t column_, columns_;
   int64_t row_begin_ = 0;
-  float* low_rank_ = nullptr;    // this panel of L, in sub-panels
-  float* parked_ = nullptr;      // [rows, panel_columns]
-  uint32_t* words_ = nullptr;    // [tile_rows, panel_columns + slack]
+  float* low_rank_ = nullptr;  // this panel of L, in sub-panels
+  float* parked_ = nullptr;    // [rows, panel_columns]
+  uint32_t* words_ = nullptr;  // [tile_rows, panel_columns + slack]
   const uint32_t* row_words_[S::tile_rows] = {};
-  float before_[S::tile_rows * NR];   // accumulators set aside while another adapter's term is made
+  float before_[S::tile_rows * NR];  // accumulators set aside while another adapter's term is made
 };
 
 template <class S, class T>
@@ -318,8 +293,8 @@ void linear(const LinearArgs& args, int64_t column, int64_t row_begin, int64_t r
   LinearPanel<S, T>(args, column).run(row_begin, row_end);
 }
 
-// D = V^T dropout(X), one panel of columns over all rows. X is the panel here, packed, widened and dropped a block of rows
-// at a time; the ranks are the rows of the tile.
+// D = V^T dropout(X), one panel of columns over all rows. X is the panel here, packed, widened and dropped a block of
+// rows at a time; the ranks are the rows of the tile.
 template <class S, class T>
 void outer(const OuterArgs& args, int64_t column) {
   using Mode = Widened<S, float, float>;
@@ -327,7 +302,7 @@ void outer(const OuterArgs& args, int64_t column) {
   const int64_t columns = std::min(panel_columns, args.P - column);
   thread_local Scratch scratch;
   float* panel = scratch.floats((block + args.R) * panel_columns);
-  float* sums = panel + block * panel_columns;   // [R, panel_columns]
+  float* sums = panel + block * panel_columns;  // [R, panel_columns]
   std::fill(sums, sums + args.R * panel_columns, 0.0f);
   const T* X = static_cast<const T*>(args.X) + column;
   for (int64_t m = 0; m < args.M; m += block) {
@@ -353,8 +328,8 @@ void outer(const OuterArgs& args, int64_t column) {
             Accumulators<S, n.value> c;
             float* sum = sums + j * panel_columns + p;
             load_tile<S, n.value>(c, sum, panel_columns);
-            multiply_add_in_chains<Mode, n.value>(c, args.V + m * args.R + j, 1, args.R,
-                                                  panel + p / NR * (block * NR), NR, rows);
+            multiply_add_in_chains<Mode, n.value>(c, args.V + m * args.R + j, 1, args.R, panel + p / NR * (block * NR),
+                                                  NR, rows);
             store_tile<S, n.value>(c, sum, panel_columns);
           });
     }
