@@ -53,6 +53,12 @@ LARGE = [  # past the blocks of rows, of K and of N; the top rank
 DROPOUTS = [0.0, 0.3]
 
 
+@pytest.fixture(autouse=True)
+def one_thread(nothing_leaks):
+    """The operands are small: threads would only wait for each other. The test of threads sets its own."""
+    torch.set_num_threads(1)
+
+
 def name_of(shape):
     return "M{}-K{}-N{}-r{}".format(*shape)
 
@@ -176,26 +182,33 @@ def in_float64(p):
     return forward_backward(reference.lora_linear, p.map(torch.Tensor.double))
 
 
-def worst_rounding(p, name, exact, dtype):
-    """By how much each element may be off: every sum in fp32, in any order, and one rounding to dtype.
+def worst_rounding(p, dtypes):
+    """By how much each element may be off: every sum in fp32, in any order, and one rounding to its dtype.
 
     The size of the terms of a sum is the same computation on absolute values.
     """
     K, N = p.x.shape[-1], p.grad.shape[-1]
     terms = p.grad.numel() // N + 2 * (K + N) + sum(A.shape[0] for A in p.lora_A) + 8
-    sizes = in_float64(replace(p.map(torch.abs), scaling=[abs(s) for s in p.scaling]))[name]
-    unit = torch.finfo(dtype).eps / 2
-    return sizes * (unit + terms * 2**-24) + torch.finfo(dtype).smallest_normal * unit
+    bounds = in_float64(replace(p.map(torch.abs), scaling=[abs(s) for s in p.scaling]))
+    for name, size in bounds.items():
+        unit = torch.finfo(dtypes[name]).eps / 2
+        bounds[name] = size * (unit + terms * 2**-24) + torch.finfo(dtypes[name]).smallest_normal * unit
+    return bounds
 
 
 def check(p, rule=True):
-    """The output and every gradient keep the rule. `rule=False`: no element is off by too much."""
+    """The output and every gradient keep the rule. `rule=False`: no element is off by too much.
+
+    The errors of x A^T are shared by whole rows, so it takes enough of those, too, for more than luck.
+    """
+    enough = rule and p.x.numel() // p.x.shape[-1] * sum(A.shape[0] for A in p.lora_A) >= 64
     got, eager, oracle = forward_backward(lora_linear, p), forward_backward(peft_formula, p), in_float64(p)
+    bounds = worst_rounding(p, {name: result.dtype for name, result in got.items()})
     for name, exact in oracle.items():
         assert got[name].shape == exact.shape, name
         assert got[name].dtype == eager[name].dtype, name
-        assert ((got[name] - exact).abs() <= worst_rounding(p, name, exact, got[name].dtype)).all(), name
-        if rule and exact.numel() >= 1000:
+        assert ((got[name] - exact).abs() <= bounds[name]).all(), name
+        if enough and exact.numel() >= 1000:
             assert_as_accurate(got[name], eager[name], exact, name=name)
 
 
@@ -555,7 +568,6 @@ def test_no_grad_saves_nothing():
 # ------------------------------------------------------------------------------------ determinism, dropout
 
 
-@pytest.mark.skipif(torch.get_num_threads() < 2, reason="one thread only")
 @pytest.mark.every_isa
 @pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
 @pytest.mark.parametrize(
@@ -621,8 +633,8 @@ def kernel_masks(shape, dropouts, seed, dtypes):
 
 
 @pytest.mark.every_isa
-@pytest.mark.parametrize("seed", [0, 1, -1, 2**40 + 17, -(2**63), 2**63 - 1])
-@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (37, 131), (3, 5, 64), (130, 66)], ids=str)
+@pytest.mark.parametrize("seed", [0, -1, 2**40 + 17, -(2**63)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (37, 131), (3, 5, 64)], ids=str)
 @by_dtype
 def test_the_kernel_drops_what_the_reference_drops(shape, seed, dtypes):
     seed, dropouts = torch.tensor([seed]), [0.25, 0.0, 0.7]

@@ -74,6 +74,12 @@ ATTENTION_MLP = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 architectures = pytest.mark.parametrize("architecture", CONFIGS)
 
 
+@pytest.fixture(autouse=True)
+def one_thread(nothing_leaks):
+    """The models are tiny: threads would do little but wait for each other."""
+    torch.set_num_threads(1)
+
+
 def randomize(model, names=("lora_B", "bias")):
     """PEFT starts B and most biases at zero, which would hide half of the mistakes."""
     with torch.no_grad():

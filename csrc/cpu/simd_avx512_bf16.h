@@ -11,6 +11,7 @@ struct Avx512Bf16 : Avx512 {
   using Pairs = __m512i;  // `width` pairs of bf16
 
   PEFTFAST_INLINE static Pairs load_pairs(const void* p) { return _mm512_loadu_si512(p); }
+  PEFTFAST_INLINE static void store_pairs(void* p, Pairs x) { _mm512_storeu_si512(p, x); }
   PEFTFAST_INLINE static Pairs set1_pairs(const bf16* pair) { return set1_pair(pair); }
   // (first[i], second[i]) in lane i.
   PEFTFAST_INLINE static Pairs zip(const bf16* first, const bf16* second) {

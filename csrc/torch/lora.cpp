@@ -9,9 +9,6 @@
 namespace peftfast {
 namespace {
 
-using torch::stable::contiguous;
-using torch::stable::empty;
-
 // The adapters' tensors, checked, contiguous and kept alive, beside the plain structs that point into them.
 struct AdapterList {
   std::vector<Tensor> A, B;
@@ -34,8 +31,8 @@ struct AdapterList {
       const DType dtype = dtype_of(lora_A[i], "lora_A");
       STD_TORCH_CHECK(dtype == base || dtype == DType::f32, "lora_A must be float32 or have the dtype of x.");
       STD_TORCH_CHECK(dropout[i] >= 0 && dropout[i] < 1, "dropout must be in [0, 1), got ", dropout[i], ".");
-      A.push_back(contiguous(lora_A[i]));
-      B.push_back(contiguous(lora_B[i]));
+      A.push_back(as_contiguous(lora_A[i]));
+      B.push_back(as_contiguous(lora_B[i]));
       plain.push_back({A[i].const_data_ptr(), B[i].const_data_ptr(), dtype, r, static_cast<float>(scaling[i]),
                        static_cast<float>(dropout[i]), nullptr, nullptr});
       rank += r;
@@ -72,7 +69,9 @@ struct Base {
   }
 };
 
-Tensor fp32_copy(const Tensor& t) { return contiguous(torch::stable::to(t, ScalarType::Float)); }
+Tensor in_fp32(const Tensor& t) {
+  return as_contiguous(t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
+}
 
 // x [M, K], weight [N, K] (or [K, N] transposed) -> (y [M, N], u [M, R] fp32)
 std::tuple<Tensor, Tensor> lora_linear_cpu(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
@@ -91,7 +90,7 @@ std::tuple<Tensor, Tensor> lora_linear_cpu(const Tensor& x, const Tensor& weight
     STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == base.N, "bias has shape ", shape_text(*bias),
                     ", expected [", base.N, "] on the CPU.");
     dtype_of(*bias, "bias");
-    bias32 = fp32_copy(*bias);
+    bias32 = in_fp32(*bias);
   }
   const int64_t* seed_data = seed_of(seed, adapters.any_dropout);
   const Tensor X = with_contiguous_rows(x);

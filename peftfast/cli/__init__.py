@@ -1,5 +1,6 @@
 """The `peftfast` command."""
 
+import signal
 import sys
 
 import typer
@@ -21,6 +22,8 @@ app.command("demo")(demo.command)
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 if all went well, 2 and one sentence on stderr for bad input."""
+    # As an exception, so that a run that is told to end takes its temporary folder with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         code = app(args=arguments or sys.argv[1:] or ["--help"], standalone_mode=False)
     except UserError as error:

@@ -35,7 +35,7 @@ SETTINGS = {
     "lora_r": 8,
     "lora_alpha": 16,
     "learning_rate": 5e-3,
-    "epochs": 2,
+    "epochs": 1,
     "micro_batch_size": 32,
     "sequence_len": 64,
 }

@@ -38,6 +38,8 @@ class LoraLinear(nn.Module):
             raise ValueError(f"weight must have 2 dimensions, got shape {list(weight.shape)}.")
         if isinstance(r, bool) or not isinstance(r, int) or r < 1:
             raise ValueError(f"r must be a whole number of at least 1, got {r!r}.")
+        if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)):
+            raise TypeError(f"lora_alpha must be a number, got {type(lora_alpha).__name__}.")
         if not 0 <= lora_dropout < 1:
             raise ValueError(f"lora_dropout is {lora_dropout}, expected a probability in [0, 1).")
         if dtype not in (weight.dtype, torch.float32):
@@ -80,7 +82,7 @@ class LoraLinear(nn.Module):
     def merge(self) -> None:
         """Adds scaling * B A to `weight`, in place: the layer then costs what its base does. Rounded to the weight's dtype."""
         if not self.merged:
-            self.weight += self._delta()
+            self.weight += self._delta()  # in place: rounded once
             self.merged = True
 
     @torch.no_grad()
@@ -91,7 +93,7 @@ class LoraLinear(nn.Module):
             self.merged = False
 
     def _delta(self) -> Tensor:
-        return (self.lora_B.float() @ self.lora_A.float() * self.scaling).to(self.weight.dtype)
+        return self.lora_B.float() @ self.lora_A.float() * self.scaling
 
     def extra_repr(self) -> str:
         return (

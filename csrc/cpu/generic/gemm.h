@@ -12,6 +12,14 @@
 // step does: Widened multiplies and adds in fp32, PairDot takes two bf16 of X and of the panel in one instruction.
 #pragma once
 
+
+
+
+
+
+
+
+
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
@@ -153,9 +161,11 @@ PEFTFAST_INLINE void multiply_add(Accumulators<typename Mode::S, rows>& c, const
   }
 }
 
-// An fp32 sum of Q terms in one chain loses as many bits as log2(Q) / 2 or so. Where the result stays fp32, chains are
-// this long and their sums are added up, which keeps the error at that of the best blocked BLAS.
-constexpr int64_t chain = 128;
+// An fp32 sum in one chain of Q terms loses accuracy with the square root of Q. Where the result stays fp32, chains are this
+// long and their sums are added up, which keeps the error at that of the best blocked BLAS. In a dot product the lanes of a
+// vector are chains of their own; a single lane needs shorter ones to be as accurate.
+template <class S>
+constexpr int64_t chain = S::width == 1 ? 16 : 128;
 
 // multiply_add, but each accumulator adds up chains.
 template <class Mode, int rows>
@@ -165,10 +175,10 @@ PEFTFAST_INLINE void multiply_add_in_chains(Accumulators<typename Mode::S, rows>
   using S = typename Mode::S;
   static_assert(Mode::unit == 1);
   alignas(64) float sums[rows * tile_columns<S>];
-  for (int64_t q = 0; q < Q; q += chain) {
+  for (int64_t q = 0; q < Q; q += chain<S>) {
     store_tile<S, rows>(c, sums, tile_columns<S>);
     clear<S, rows>(c);
-    multiply_add<Mode, rows>(c, x + q * stride_x, ldx, stride_x, panel + q * ldp, ldp, std::min(chain, Q - q));
+    multiply_add<Mode, rows>(c, x + q * stride_x, ldx, stride_x, panel + q * ldp, ldp, std::min(chain<S>, Q - q));
     for (int i = 0; i < rows; ++i)
       for (int j = 0; j < S::tile_vectors; ++j)
         c[i][j] = S::add(c[i][j], S::load(sums + i * tile_columns<S> + j * S::width));
@@ -231,38 +241,41 @@ void pack_transposed(const T* w, int64_t ldw, int64_t columns, int64_t Q, typena
   }
 }
 
+// Rows of a panel lie pages apart in W, where no hardware prefetcher follows: they are asked for this many ahead.
+constexpr int64_t rows_ahead = 16;
+
+template <class T>
+PEFTFAST_INLINE void prefetch_row(const T* row, int64_t columns) {
+  for (int64_t p = 0; p < columns; p += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + p);
+}
+
 // From W whose columns are contiguous, element (q, p) at w[q * ldw + p].
 template <class Mode, class T>
 void pack_straight(const T* w, int64_t ldw, int64_t columns, int64_t Q, typename Mode::Panel* panel,
                    int64_t subpanel_size) {
   using S = typename Mode::S;
-  constexpr int64_t NR = tile_columns<S>;
-  if constexpr (std::is_same_v<typename Mode::Panel, uint32_t>) {
-    const bf16 zeros[S::width] = {};
-    for (int64_t q = 0; q < Q; q += 2)
-      for (int64_t p = 0; p < (columns + NR - 1) / NR * NR; p += S::width) {
-        const bf16 *first = w + q * ldw + p, *second = q + 1 < Q ? first + ldw : zeros;
-        bf16 first_values[S::width] = {}, second_values[S::width] = {};
-        if (p + S::width > columns) {
-          const int64_t n = std::max<int64_t>(0, columns - p);
-          if (n > 0) std::memcpy(first_values, first, n * sizeof(bf16)), first = first_values;
-          if (n > 0) std::memcpy(second_values, second, n * sizeof(bf16)), second = second_values;
-          if (n == 0) first = second = zeros;
-        }
-        uint32_t* out = panel + p / NR * subpanel_size + q / 2 * NR + p % NR;
-        const auto zipped = S::zip(first, second);
-        std::memcpy(out, &zipped, sizeof(zipped));
+  constexpr bool pairs = std::is_same_v<typename Mode::Panel, uint32_t>;
+  constexpr int64_t NR = tile_columns<S>, per_row = pairs ? 2 : 1;   // rows of W in one row of the panel
+  const int64_t padded = (Q + Mode::unit - 1) / Mode::unit * Mode::unit;
+  for (int64_t q = 0; q < padded; q += per_row) {
+    for (int64_t i = 0; i < per_row; ++i) prefetch_row(w + std::min(q + i + rows_ahead, Q - 1) * ldw, columns);
+    for (int64_t p = 0; p < (columns + NR - 1) / NR * NR; p += S::width) {
+      auto* out = panel + p / NR * subpanel_size + q / per_row * NR + p % NR;
+      T values[per_row][S::width];
+      const T* row[per_row];
+      for (int64_t i = 0; i < per_row; ++i) {
+        const int64_t n = q + i < Q ? std::clamp<int64_t>(columns - p, 0, S::width) : 0;
+        row[i] = w + (q + i) * ldw + p;
+        if (n == S::width) continue;
+        std::memset(values[i], 0, sizeof(values[i]));
+        std::memcpy(values[i], row[i], n * sizeof(T));
+        row[i] = values[i];
       }
-  } else {
-    const int64_t padded = (Q + Mode::unit - 1) / Mode::unit * Mode::unit;
-    for (int64_t q = 0; q < padded; ++q)
-      for (int64_t p = 0; p < (columns + NR - 1) / NR * NR; p += S::width) {
-        const int64_t n = q < Q ? columns - p : 0;
-        const T* source = w + q * ldw + p;
-        S::store(panel + p / NR * subpanel_size + q * NR + p % NR, n >= S::width ? S::load(source)
-                                                                   : n > 0       ? load_first<S>(source, n)
-                                                                                 : S::zero());
-      }
+      if constexpr (pairs)
+        S::store_pairs(out, S::zip(row[0], row[1]));
+      else
+        S::store(out, S::load(row[0]));
+    }
   }
 }
 
@@ -289,47 +302,60 @@ struct DotMode<S, T, true> {  // both stay bf16
   PEFTFAST_INLINE static typename S::F dot(Vector a, Vector b, typename S::F c) { return S::dot(a, b, c); }
 };
 
-// As many products with `rows` rows at a time as the register tile holds, at most 8.
+// Rows of W at a time. One row of X leaves the kernel waiting for memory, which is fastest read as one stream; more rows
+// keep as many products in the register tile as it holds.
 template <class S, int rows>
 constexpr int dot_columns() {
-  int columns = 8;
+  int columns = rows == 1 ? 1 : 8;
   while (columns * rows > S::tile_rows * S::tile_vectors) columns /= 2;
   return columns;
 }
 
-// out[i, j] += x[i] . w[j] for `rows` rows of X and `columns` rows of W, over Q elements; a lane adds up chains.
+// out[i, j] += x[i] . w[j] for `rows` rows of X and `columns` rows of W, over Q elements. What the products leave of the
+// register tile goes to more accumulators for each; a lane of one adds up chains.
 template <class S, class T, int rows, int columns>
 void dot_tile(const typename DotMode<S, T>::X* x, int64_t ldx, const T* w, int64_t ldw, int64_t Q, float* out,
               int64_t ldo) {
   using Mode = DotMode<S, T>;
+  constexpr int room = S::tile_rows * S::tile_vectors / (rows * columns);
+  constexpr int unroll = room >= 8 ? 8 : room >= 4 ? 4 : room >= 2 ? 2 : 1;
   for (int64_t q = 0; q < Q;) {
-    typename S::F c[rows][columns];
+    typename S::F c[rows][columns][unroll];
     for (int i = 0; i < rows; ++i)
-      for (int j = 0; j < columns; ++j) c[i][j] = S::zero();
-    const auto step = [&](auto load_x, auto load_w) __attribute__((always_inline)) {
-      typename Mode::Vector b[columns];
-      for (int j = 0; j < columns; ++j) b[j] = load_w(j);
+      for (int j = 0; j < columns; ++j)
+        for (int u = 0; u < unroll; ++u) c[i][j][u] = S::zero();
+    const int64_t whole = Q / Mode::width * Mode::width, end = std::min(q + chain<S> * unroll * Mode::width, whole);
+    for (; q + unroll * Mode::width <= end; q += unroll * Mode::width) {
+      if constexpr (columns > 1 && rows <= 4)   // several streams at once, of rows too few to hide the wait for them
+        for (int j = 0; j < columns; ++j) prefetch_row(w + j * ldw + q + 1024 / sizeof(T), unroll * Mode::width);
 #pragma GCC unroll 8
-      for (int i = 0; i < rows; ++i) {
-        const auto a = load_x(i);
-        for (int j = 0; j < columns; ++j) c[i][j] = Mode::dot(a, b[j], c[i][j]);
+      for (int u = 0; u < unroll; ++u) {
+        typename Mode::Vector b[columns];
+        for (int j = 0; j < columns; ++j) b[j] = Mode::load_w(w + j * ldw + q + u * Mode::width);
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; ++i) {
+          const auto a = Mode::load_x(x + i * ldx + q + u * Mode::width);
+          for (int j = 0; j < columns; ++j) c[i][j][u] = Mode::dot(a, b[j], c[i][j][u]);
+        }
       }
-    };
-    const int64_t end = std::min(q + chain * Mode::width, Q / Mode::width * Mode::width);
-    for (; q < end; q += Mode::width)
-      step([&](int i) __attribute__((always_inline)) { return Mode::load_x(x + i * ldx + q); },
-           [&](int j) __attribute__((always_inline)) { return Mode::load_w(w + j * ldw + q); });
-    if (q + Mode::width > Q && q < Q) {
-      typename Mode::X last_x[rows][Mode::width] = {};
-      T last_w[columns][Mode::width] = {};
-      for (int i = 0; i < rows; ++i) std::memcpy(last_x[i], x + i * ldx + q, (Q - q) * sizeof(last_x[0][0]));
-      for (int j = 0; j < columns; ++j) std::memcpy(last_w[j], w + j * ldw + q, (Q - q) * sizeof(T));
-      step([&](int i) __attribute__((always_inline)) { return Mode::load_x(last_x[i]); },
-           [&](int j) __attribute__((always_inline)) { return Mode::load_w(last_w[j]); });
-      q = Q;
+    }
+    if (end == whole) {   // what is left: whole vectors, then a part of one
+      for (; q < Q; q += Mode::width) {
+        typename Mode::X last_x[rows][Mode::width] = {};
+        T last_w[columns][Mode::width] = {};
+        const int64_t n = std::min<int64_t>(Mode::width, Q - q);
+        for (int i = 0; i < rows; ++i) std::memcpy(last_x[i], x + i * ldx + q, n * sizeof(last_x[0][0]));
+        for (int j = 0; j < columns; ++j) std::memcpy(last_w[j], w + j * ldw + q, n * sizeof(T));
+        for (int i = 0; i < rows; ++i)
+          for (int j = 0; j < columns; ++j)
+            c[i][j][0] = Mode::dot(Mode::load_x(last_x[i]), Mode::load_w(last_w[j]), c[i][j][0]);
+      }
     }
     for (int i = 0; i < rows; ++i)
-      for (int j = 0; j < columns; ++j) out[i * ldo + j] += S::sum(c[i][j]);
+      for (int j = 0; j < columns; ++j) {
+        for (int u = 1; u < unroll; ++u) c[i][j][0] = S::add(c[i][j][0], c[i][j][u]);
+        out[i * ldo + j] += S::sum(c[i][j][0]);
+      }
   }
 }
 

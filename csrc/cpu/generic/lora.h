@@ -198,9 +198,13 @@ class LinearPanel {
         store_tile<S, rows>(c, before_, NR);
         clear<S, rows>(c);
       }
-      multiply_add<LowRank, rows>(c, args_.U + m * args_.R + segment.begin, args_.R, 1,
-                                  low_rank_ + p / NR * (args_.R * NR) + segment.begin * NR, NR,
-                                  segment.end - segment.begin);
+      const float* U = args_.U + m * args_.R + segment.begin;
+      const float* L = low_rank_ + p / NR * (args_.R * NR) + segment.begin * NR;
+      const int64_t ranks = segment.end - segment.begin;
+      if constexpr (std::is_same_v<T, float>)
+        multiply_add_in_chains<LowRank, rows>(c, U, args_.R, 1, L, NR, ranks);
+      else
+        multiply_add<LowRank, rows>(c, U, args_.R, 1, L, NR, ranks);
       if (segment.threshold == 0) continue;
       const typename S::F scale = S::set1(segment.keep_scale);
       for (int i = 0; i < rows; ++i) {
@@ -298,7 +302,7 @@ void linear(const LinearArgs& args, int64_t column, int64_t row_begin, int64_t r
 template <class S, class T>
 void outer(const OuterArgs& args, int64_t column) {
   using Mode = Widened<S, float, float>;
-  constexpr int64_t block = 2 * chain, NR = tile_columns<S>;
+  constexpr int64_t block = 256, NR = tile_columns<S>;
   const int64_t columns = std::min(panel_columns, args.P - column);
   thread_local Scratch scratch;
   float* panel = scratch.floats((block + args.R) * panel_columns);

@@ -1,0 +1,73 @@
+"""Load a model and its tokenizer, or say in one sentence why not."""
+
+import re
+from pathlib import Path
+
+from peftfast.cli.errors import UserError, first_sentence
+
+
+def is_local_model(name: str) -> bool:
+    """Tell a folder from a hub name, which is the one thing that lets transformers use the network.
+
+    Raises:
+        UserError: `name` looks like a path and is not the folder of a model.
+    """
+    path = Path(name).expanduser()
+    starts_in_folder = len(path.parts) > 1 and Path(path.parts[0]).exists()
+    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) and not starts_in_folder and not path.exists():
+        return False
+    if not path.is_dir():
+        raise UserError(f"--model {name}: there is no such folder.")
+    if not (path / "config.json").is_file():
+        raise UserError(f"--model {name}: not a model folder, it has no config.json.")
+    return True
+
+
+def load_tokenizer(name: str, local: bool):
+    """Return the model's tokenizer, with a padding token; `local` keeps off the network.
+
+    Raises:
+        UserError: it cannot be loaded, or has no token to pad with.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            Path(name).expanduser() if local else name, local_files_only=local
+        )
+    except Exception as error:  # whatever a library raises over a folder's contents, the folder is at fault
+        raise UserError(
+            f"--model {name}: its tokenizer cannot be loaded: {first_sentence(error)}."
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise UserError(f"--model {name}: its tokenizer has neither a padding nor an end-of-sequence token.")
+    return tokenizer
+
+
+def load_model(name: str, dtype: str, local: bool):
+    """Return the causal language model with weights of torch's `dtype`; `local` keeps off the network.
+
+    Raises:
+        UserError: it cannot be loaded, is no causal language model, or lacks some of its weights.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            Path(name).expanduser() if local else name,
+            dtype=getattr(torch, dtype),
+            local_files_only=local,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # as above
+        raise UserError(f"--model {name}: the model cannot be loaded: {first_sentence(error)}.") from error
+    if info["missing_keys"]:
+        # transformers would go on with random numbers in their place.
+        raise UserError(
+            f"--model {name}: the checkpoint lacks {len(info['missing_keys'])} of the model's weights."
+        )
+    return model
