@@ -796,6 +796,17 @@ def test_function_transforms(transform):
         torch.testing.assert_close(apply(), stock)
 
 
+@pytest.mark.parametrize("record", [torch.jit.trace, lambda *args: torch.export.export(*args).module()])
+def test_recorded_graphs(record):
+    """A graph that may leave the process holds torch's operations, and runs where there is no peftfast."""
+    model, ids = net().eval(), torch.arange(12).view(3, 4)
+    with peftfast.enabled():
+        recorded = record(model, (ids,))
+        with FastCalls() as calls:
+            torch.testing.assert_close(recorded(ids), model(ids))
+    assert calls.forward == 2  # those of model(ids)
+
+
 def test_an_error_of_the_base_layer_is_the_same_error():
     model = net()
     x = torch.randn(3, 23)
@@ -837,6 +848,17 @@ def test_report_agrees_with_what_runs():
         net_step(model)
         fast = {entry.name.split(".")[-1] for entry in peftfast.report(model) if entry.fast}
     assert fast == {"head"} and calls.forward == 1
+
+
+def test_report_of_a_layer_with_its_own_forward():
+    """As accelerate's hooks give it, before enable(): the class's forward, and with it ours, is not called."""
+    model = net()
+    own_forward(linear(model))
+    with peftfast.enabled(), FastCalls() as calls:
+        net_step(model)
+        assert calls.forward == 1
+        assert not entry(model, "linear").fast
+        assert "forward" in entry(model, "linear").reason
 
 
 def test_report_forgets_a_fallback_that_is_over():
@@ -908,6 +930,15 @@ def test_accelerate_outlives_a_block_of_enabled():
     model, inputs = build(), batch()
     with peftfast.enabled():
         peftfast.accelerate(model)
+    with FastCalls() as calls:
+        step(model, inputs)
+    assert calls.backward == len(lora_layers(model))
+
+
+def test_accelerate_is_kept_by_a_block_of_enabled():
+    model, inputs = peftfast.accelerate(build()), batch()
+    with peftfast.enabled():
+        pass
     with FastCalls() as calls:
         step(model, inputs)
     assert calls.backward == len(lora_layers(model))

@@ -48,10 +48,9 @@ struct Avx2 {
     asm volatile("" : "+x"(x));
     return x;
   }
-  PEFTFAST_INLINE static float sum(F a) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  PEFTFAST_INLINE static void sum(F a, F b, F c, F d, float (&sums)[4]) {
+    const F halves = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
   }
   PEFTFAST_INLINE static void transpose(F (&r)[8]) {
     F t[8];

@@ -48,12 +48,9 @@ struct Avx512 {
 #endif
     return x;
   }
-  PEFTFAST_INLINE static float sum(F a) {
-    const __m256 low = _mm512_castps512_ps256(a), high = _mm512_extractf32x8_ps(a, 1);
-    const __m256 half = _mm256_add_ps(low, high);
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 0x55)));
+  PEFTFAST_INLINE static void sum(F a, F b, F c, F d, float (&sums)[4]) {
+    const __m256 halves = _mm256_hadd_ps(_mm256_hadd_ps(fold(a), fold(b)), _mm256_hadd_ps(fold(c), fold(d)));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
   }
   // Four rounds that each exchange ever larger blocks: single floats, pairs, quarters, halves.
   PEFTFAST_INLINE static void transpose(F (&r)[16]) {
@@ -109,6 +106,9 @@ struct Avx512 {
   }
 
  protected:
+  PEFTFAST_INLINE static __m256 fold(F a) {
+    return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+  }
   PEFTFAST_INLINE static U set1_pair(const bf16* pair) {
     int32_t bits;
     std::memcpy(&bits, pair, sizeof(bits));

@@ -35,7 +35,10 @@ struct Scalar {
     asm volatile("" : "+x"(x));
     return x;
   }
-  PEFTFAST_INLINE static float sum(F a) { return a; }
+  // The sum over the lanes of each.
+  PEFTFAST_INLINE static void sum(F a, F b, F c, F d, float (&sums)[4]) {
+    sums[0] = a, sums[1] = b, sums[2] = c, sums[3] = d;
+  }
   PEFTFAST_INLINE static void transpose(F (&)[1]) {}
   // x where its word is at least the threshold, else 0.
   PEFTFAST_INLINE static F keep(F x, const uint32_t* words, uint32_t threshold) {

@@ -12,14 +12,6 @@
 // step does: Widened multiplies and adds in fp32, PairDot takes two bf16 of X and of the panel in one instruction.
 #pragma once
 
-
-
-
-
-
-
-
-
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
@@ -161,9 +153,9 @@ PEFTFAST_INLINE void multiply_add(Accumulators<typename Mode::S, rows>& c, const
   }
 }
 
-// An fp32 sum in one chain of Q terms loses accuracy with the square root of Q. Where the result stays fp32, chains are this
-// long and their sums are added up, which keeps the error at that of the best blocked BLAS. In a dot product the lanes of a
-// vector are chains of their own; a single lane needs shorter ones to be as accurate.
+// An fp32 sum in one chain of Q terms loses accuracy with the square root of Q. Where the result stays fp32, chains are
+// this long and their sums are added up, which keeps the error at that of the best blocked BLAS. In a dot product the
+// lanes of a vector are chains of their own; a single lane needs shorter ones to be as accurate.
 template <class S>
 constexpr int64_t chain = S::width == 1 ? 16 : 128;
 
@@ -255,7 +247,7 @@ void pack_straight(const T* w, int64_t ldw, int64_t columns, int64_t Q, typename
                    int64_t subpanel_size) {
   using S = typename Mode::S;
   constexpr bool pairs = std::is_same_v<typename Mode::Panel, uint32_t>;
-  constexpr int64_t NR = tile_columns<S>, per_row = pairs ? 2 : 1;   // rows of W in one row of the panel
+  constexpr int64_t NR = tile_columns<S>, per_row = pairs ? 2 : 1;  // rows of W in one row of the panel
   const int64_t padded = (Q + Mode::unit - 1) / Mode::unit * Mode::unit;
   for (int64_t q = 0; q < padded; q += per_row) {
     for (int64_t i = 0; i < per_row; ++i) prefetch_row(w + std::min(q + i + rows_ahead, Q - 1) * ldw, columns);
@@ -302,8 +294,8 @@ struct DotMode<S, T, true> {  // both stay bf16
   PEFTFAST_INLINE static typename S::F dot(Vector a, Vector b, typename S::F c) { return S::dot(a, b, c); }
 };
 
-// Rows of W at a time. One row of X leaves the kernel waiting for memory, which is fastest read as one stream; more rows
-// keep as many products in the register tile as it holds.
+// Rows of W at a time. One row of X leaves the kernel waiting for memory, which is fastest read as one stream; more
+// rows keep as many products in the register tile as it holds.
 template <class S, int rows>
 constexpr int dot_columns() {
   int columns = rows == 1 ? 1 : 8;
@@ -311,8 +303,8 @@ constexpr int dot_columns() {
   return columns;
 }
 
-// out[i, j] += x[i] . w[j] for `rows` rows of X and `columns` rows of W, over Q elements. What the products leave of the
-// register tile goes to more accumulators for each; a lane of one adds up chains.
+// out[i, j] += x[i] . w[j] for `rows` rows of X and `columns` rows of W, over Q elements. What the products leave of
+// the register tile goes to more accumulators for each; a lane of one adds up chains.
 template <class S, class T, int rows, int columns>
 void dot_tile(const typename DotMode<S, T>::X* x, int64_t ldx, const T* w, int64_t ldw, int64_t Q, float* out,
               int64_t ldo) {
@@ -326,7 +318,7 @@ void dot_tile(const typename DotMode<S, T>::X* x, int64_t ldx, const T* w, int64
         for (int u = 0; u < unroll; ++u) c[i][j][u] = S::zero();
     const int64_t whole = Q / Mode::width * Mode::width, end = std::min(q + chain<S> * unroll * Mode::width, whole);
     for (; q + unroll * Mode::width <= end; q += unroll * Mode::width) {
-      if constexpr (columns > 1 && rows <= 4)   // several streams at once, of rows too few to hide the wait for them
+      if constexpr (columns > 1 && rows <= 4)  // several streams at once, of rows too few to hide the wait for them
         for (int j = 0; j < columns; ++j) prefetch_row(w + j * ldw + q + 1024 / sizeof(T), unroll * Mode::width);
 #pragma GCC unroll 8
       for (int u = 0; u < unroll; ++u) {
@@ -339,7 +331,7 @@ void dot_tile(const typename DotMode<S, T>::X* x, int64_t ldx, const T* w, int64
         }
       }
     }
-    if (end == whole) {   // what is left: whole vectors, then a part of one
+    if (end == whole) {  // what is left: whole vectors, then a part of one
       for (; q < Q; q += Mode::width) {
         typename Mode::X last_x[rows][Mode::width] = {};
         T last_w[columns][Mode::width] = {};
@@ -351,11 +343,19 @@ void dot_tile(const typename DotMode<S, T>::X* x, int64_t ldx, const T* w, int64
             c[i][j][0] = Mode::dot(Mode::load_x(last_x[i]), Mode::load_w(last_w[j]), c[i][j][0]);
       }
     }
-    for (int i = 0; i < rows; ++i)
-      for (int j = 0; j < columns; ++j) {
-        for (int u = 1; u < unroll; ++u) c[i][j][0] = S::add(c[i][j][0], c[i][j][u]);
-        out[i * ldo + j] += S::sum(c[i][j][0]);
-      }
+    // Sums over the lanes, four products at a time.
+    const auto product = [&](int k) __attribute__((always_inline)) {
+      if (k >= rows * columns) return S::zero();
+      typename S::F(&parts)[unroll] = c[k / columns][k % columns];
+      for (int u = 1; u < unroll; ++u) parts[0] = S::add(parts[0], parts[u]);
+      return parts[0];
+    };
+#pragma GCC unroll 8
+    for (int k = 0; k < rows * columns; k += 4) {
+      float sums[4];
+      S::sum(product(k), product(k + 1), product(k + 2), product(k + 3), sums);
+      for (int n = k; n < std::min(k + 4, rows * columns); ++n) out[n / columns * ldo + n % columns] += sums[n - k];
+    }
   }
 }
 
