@@ -1,7 +1,7 @@
 """Every operator in plain torch: the specification, the oracle of the tests, and the path for devices with no kernel.
 
-Names and signatures are those of `peftfast.ops`. Any floating dtype works, float64 included, and gradients are autograd's.
-Nothing here is written for speed.
+Names and signatures are those of `peftfast.ops`. Any floating dtype works, float64 included, and gradients are
+autograd's. Nothing here is written for speed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """PEFT's LoRA layers on the fused operator.
 
-`peft.tuners.lora.Linear.forward` is replaced by one that asks, at every call, whether what this layer does with this input is
-exactly what the operator computes. If so, the operator runs; if not, PEFT's own forward does. PEFT's objects stay as they
-are, and nothing of them is kept between calls: PEFT re-creates, freezes, moves and rescales parameters at any time.
+`peft.tuners.lora.Linear.forward` is replaced by one that asks, at every call, whether what this layer does
+with this input is exactly what the operator computes. If so, the operator runs; if not, PEFT's own forward
+does. PEFT's objects stay as they are, and nothing of them is kept between calls: PEFT re-creates, freezes,
+moves and rescales parameters at any time.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ def inspect(model: nn.Module) -> Iterator[LayerReport]:
         elif not isinstance(layer, Linear):
             reason = _at_rest(layer) or _why_not_kind(layer)
         else:
-            reason = _at_rest(layer) or _why_not(layer) or _last_fallback.get(layer)
+            reason = (
+                _at_rest(layer) or _why_not_reached(layer) or _why_not(layer) or _last_fallback.get(layer)
+            )
         yield LayerReport(name, f"lora.{type(layer).__name__}", reason is None, reason)
 
 
@@ -158,7 +161,7 @@ def _dropout_of(module: nn.Module) -> float:
     return module.p if module.training and type(module) is nn.Dropout else 0.0
 
 
-# ---- whether the fast path may run -------------------------------------------------------------------------------
+# ---- whether the fast path may run ----------------------------------------------------------------------
 # Each function returns None or the reason why not, as the rest of "... cannot run on the fast path: ".
 
 
@@ -174,6 +177,14 @@ def _at_rest(layer: LoraLayer) -> str | None:
         return "its adapters are merged into the base weight"
     if not any(name in layer.lora_A or name in layer.lora_embedding_A for name in layer.active_adapters):
         return "it has no active adapter, the base layer runs alone"
+    return None
+
+
+def _why_not_reached(layer: Linear) -> str | None:
+    """A forward set on the instance hides the class's. Accelerate's hooks keep the one they call as `_old_forward`."""
+    reached = getattr(layer.__dict__.get("_old_forward"), "__func__", None)
+    if "forward" in layer.__dict__ and reached is not Linear.forward:
+        return "its forward was replaced before peftfast was enabled"
     return None
 
 
@@ -262,6 +273,8 @@ def _why_not_input(layer: Linear, x: Tensor) -> str | None:
             if not cast_input and adapter_dtype != x.dtype:
                 return "casting its input to the adapter's dtype is switched off"
     if not torch.compiler.is_compiling():
+        if torch.jit.is_tracing():
+            return "it is being traced by torch.jit"
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return "it runs under a functorch transform"
         if forward_ad._current_level >= 0:

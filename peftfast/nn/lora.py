@@ -80,14 +80,14 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Adds scaling * B A to `weight`, in place: the layer then costs what its base does. Rounded to the weight's dtype."""
+        """Adds scaling * B A to `weight`, in place and rounded to its dtype: the layer then costs what its base does."""
         if not self.merged:
             self.weight += self._delta()  # in place: rounded once
             self.merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Takes scaling * B A out of `weight` again; in 16 bits the weight may differ from the original by a rounding."""
+        """Takes scaling * B A out of `weight` again; in 16 bits the weight may stay a rounding off."""
         if self.merged:
             self.weight -= self._delta()
             self.merged = False

@@ -31,8 +31,8 @@ def lora_linear(
 ) -> Tensor:
     """y = x W^T + bias + sum over adapters of scaling * dropout(x) A^T B^T   (Hu et al., LoRA, ICLR 2022).
 
-    The low-rank term is part of the base product: y is written once, and rounded once from fp32. Backward keeps x (shared)
-    and 4 bytes per row and rank; the dropout mask is made again from the seed. `weight` gets no gradient.
+    The low-rank term is part of the base product: y is written once, and rounded once from fp32. Backward keeps
+    x (shared) and 4 bytes per row and rank; the dropout mask is made again from the seed. `weight` gets no gradient.
 
     Args:
         x: [..., K], float32, bfloat16 or float16; any strides.
@@ -46,7 +46,7 @@ def lora_linear(
         transposed: `weight` is stored [K, N], as transformers' Conv1D does.
         seed: int64 tensor of one element that fixes the masks, on x's device. None: torch draws it.
     Returns:
-        [..., N] in the dtype of x. Under autocast, x, weight and bias are cast as `torch.nn.functional.linear` casts them.
+        [..., N] in the dtype of x. Under autocast, x and weight are cast as `torch.nn.functional.linear` casts them.
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value; the message names it.
         NotImplementedError: a second derivative is asked for.
@@ -83,7 +83,7 @@ def call(x, weight, lora_A, lora_B, scaling, bias, dropout, transposed, seed=Non
 
 
 def _dispatch(x, weight, bias, lora_A, lora_B, scaling, dropout, seed, transposed):
-    """FORWARD, without the detour through the dispatcher's autograd key where nothing needs it: 15 us of a small layer's time."""
+    """FORWARD, without the detour through the dispatcher's autograd key: 15 us, a part of a small layer's time."""
     if torch.compiler.is_compiling():
         return FORWARD(x, weight, bias, lora_A, lora_B, scaling, dropout, seed, transposed)
     if torch.is_grad_enabled():
@@ -232,7 +232,7 @@ def _no_second_derivative(ctx, *grads):
     )
 
 
-# torch.library.register_autograd would do for both, but costs 200 us a call on lists of tensors: more than a small layer.
+# torch.library.register_autograd would do for both, but costs 200 us a call on lists of tensors: a small layer's time.
 _library = torch.library.Library("peftfast", "IMPL")
 _library.impl("lora_linear", _autograd, "Autograd")
 torch.library.register_autograd("peftfast::lora_linear_backward", _no_second_derivative)

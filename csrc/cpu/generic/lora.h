@@ -95,7 +95,7 @@ class LinearPanel {
   void run(int64_t row_begin, int64_t row_end) {
     const int64_t block_size = panel_bytes / panel_columns / (sizeof(Panel) * Mode::panel_rows) * Mode::unit;
     const int64_t blocks = std::max<int64_t>(1, (args_.Q + block_size - 1) / block_size);
-    const int64_t block = ((args_.Q + blocks - 1) / blocks + 63) / 64 * 64;
+    const int64_t block = std::max<int64_t>(64, ((args_.Q + blocks - 1) / blocks + 63) / 64 * 64);
     const bool few = args_.M <= few_rows && args_.reduction_contiguous;
     const bool straight = !args_.reduction_contiguous && args_.M <= S::tile_rows && columns_ == panel_columns;
     const bool parked = blocks > 1 || few || straight;
