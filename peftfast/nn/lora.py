@@ -80,7 +80,7 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Adds scaling * B A to `weight`, in place and rounded to its dtype: the layer then costs what its base does."""
+        """Adds scaling * B A to `weight`, in place and rounded once: the layer then costs what its base does."""
         if not self.merged:
             self.weight += self._delta()  # in place: rounded once
             self.merged = True
