@@ -145,7 +145,8 @@ def step(model, inputs, autocast=None):
     return results | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(ours, stock, tolerance=1e-5):
+def assert_same(ours, stock, tolerance=1e-4):
+    """PEFT itself is up to 1e-5 from float64, where gradients are small differences; a mistake shows as 1e-2."""
     assert ours.keys() == stock.keys()
     for name, expected in stock.items():
         assert ours[name].dtype == expected.dtype and ours[name].shape == expected.shape, name

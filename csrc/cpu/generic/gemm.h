@@ -276,29 +276,26 @@ void pack_straight(const T* w, int64_t ldw, int64_t columns, int64_t Q, typename
 // and each product is summed across its lanes at the end.
 
 template <class S, class T, bool = S::has_bf16_dot && std::is_same_v<T, bf16>>
-struct DotMode {  // X in fp32, W widened as it is loaded
-  using X = float;
+struct DotMode {  // widened as they are loaded
   using Vector = typename S::F;
   static constexpr int width = S::width;
-  PEFTFAST_INLINE static Vector load_x(const float* p) { return S::load(p); }
-  PEFTFAST_INLINE static Vector load_w(const T* p) { return S::load(p); }
+  PEFTFAST_INLINE static Vector load(const T* p) { return S::load(p); }
   PEFTFAST_INLINE static typename S::F dot(Vector a, Vector b, typename S::F c) { return S::fma(a, b, c); }
 };
 template <class S, class T>
-struct DotMode<S, T, true> {  // both stay bf16
-  using X = bf16;
+struct DotMode<S, T, true> {
   using Vector = typename S::Pairs;
   static constexpr int width = 2 * S::width;
-  PEFTFAST_INLINE static Vector load_x(const bf16* p) { return S::load_pairs(p); }
-  PEFTFAST_INLINE static Vector load_w(const bf16* p) { return S::load_pairs(p); }
+  PEFTFAST_INLINE static Vector load(const bf16* p) { return S::load_pairs(p); }
   PEFTFAST_INLINE static typename S::F dot(Vector a, Vector b, typename S::F c) { return S::dot(a, b, c); }
 };
 
-// Rows of W at a time. One row of X leaves the kernel waiting for memory, which is fastest read as one stream; more
-// rows keep as many products in the register tile as it holds.
-template <class S, int rows>
+// Rows of W at a time. One row of X leaves the kernel waiting for memory, which is fastest read as one stream, unless
+// an fp32 row of X takes so much of L1 that it is better used for several. More rows keep as many products in the
+// register tile as it holds.
+template <class S, class T, int rows>
 constexpr int dot_columns() {
-  int columns = rows == 1 ? 1 : 8;
+  int columns = rows > 1 ? 8 : sizeof(T) == 4 ? 4 : 1;
   while (columns * rows > S::tile_rows * S::tile_vectors) columns /= 2;
   return columns;
 }
@@ -306,8 +303,7 @@ constexpr int dot_columns() {
 // out[i, j] += x[i] . w[j] for `rows` rows of X and `columns` rows of W, over Q elements. What the products leave of
 // the register tile goes to more accumulators for each; a lane of one adds up chains.
 template <class S, class T, int rows, int columns>
-void dot_tile(const typename DotMode<S, T>::X* x, int64_t ldx, const T* w, int64_t ldw, int64_t Q, float* out,
-              int64_t ldo) {
+void dot_tile(const T* x, int64_t ldx, const T* w, int64_t ldw, int64_t Q, float* out, int64_t ldo) {
   using Mode = DotMode<S, T>;
   constexpr int room = S::tile_rows * S::tile_vectors / (rows * columns);
   constexpr int unroll = room >= 8 ? 8 : room >= 4 ? 4 : room >= 2 ? 2 : 1;
@@ -323,24 +319,24 @@ void dot_tile(const typename DotMode<S, T>::X* x, int64_t ldx, const T* w, int64
 #pragma GCC unroll 8
       for (int u = 0; u < unroll; ++u) {
         typename Mode::Vector b[columns];
-        for (int j = 0; j < columns; ++j) b[j] = Mode::load_w(w + j * ldw + q + u * Mode::width);
+        for (int j = 0; j < columns; ++j) b[j] = Mode::load(w + j * ldw + q + u * Mode::width);
 #pragma GCC unroll 8
         for (int i = 0; i < rows; ++i) {
-          const auto a = Mode::load_x(x + i * ldx + q + u * Mode::width);
+          const auto a = Mode::load(x + i * ldx + q + u * Mode::width);
           for (int j = 0; j < columns; ++j) c[i][j][u] = Mode::dot(a, b[j], c[i][j][u]);
         }
       }
     }
     if (end == whole) {  // what is left: whole vectors, then a part of one
       for (; q < Q; q += Mode::width) {
-        typename Mode::X last_x[rows][Mode::width] = {};
+        T last_x[rows][Mode::width] = {};
         T last_w[columns][Mode::width] = {};
         const int64_t n = std::min<int64_t>(Mode::width, Q - q);
-        for (int i = 0; i < rows; ++i) std::memcpy(last_x[i], x + i * ldx + q, n * sizeof(last_x[0][0]));
+        for (int i = 0; i < rows; ++i) std::memcpy(last_x[i], x + i * ldx + q, n * sizeof(T));
         for (int j = 0; j < columns; ++j) std::memcpy(last_w[j], w + j * ldw + q, n * sizeof(T));
         for (int i = 0; i < rows; ++i)
           for (int j = 0; j < columns; ++j)
-            c[i][j][0] = Mode::dot(Mode::load_x(last_x[i]), Mode::load_w(last_w[j]), c[i][j][0]);
+            c[i][j][0] = Mode::dot(Mode::load(last_x[i]), Mode::load(last_w[j]), c[i][j][0]);
       }
     }
     // Sums over the lanes, four products at a time.
@@ -361,10 +357,10 @@ void dot_tile(const typename DotMode<S, T>::X* x, int64_t ldx, const T* w, int64
 
 // out[i, j] += x[i] . w[j] for rows i < rows <= tile_rows and j < columns.
 template <class S, class T>
-void dot_rows(const typename DotMode<S, T>::X* x, int64_t ldx, int64_t rows, const T* w, int64_t ldw, int64_t columns,
-              int64_t Q, float* out, int64_t ldo) {
+void dot_rows(const T* x, int64_t ldx, int64_t rows, const T* w, int64_t ldw, int64_t columns, int64_t Q, float* out,
+              int64_t ldo) {
   with_rows<S::tile_rows>(rows, [&](auto n) {
-    constexpr int at_once = dot_columns<S, n.value>();
+    constexpr int at_once = dot_columns<S, T, n.value>();
     int64_t j = 0;
     for (; j + at_once <= columns; j += at_once)
       dot_tile<S, T, n.value, at_once>(x, ldx, w + j * ldw, ldw, Q, out + j, ldo);

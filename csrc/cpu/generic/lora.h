@@ -102,8 +102,9 @@ class LinearPanel {
     const int64_t rows = row_end - row_begin;
 
     const int64_t low_rank_floats = panel_columns * args_.R;
-    const int64_t panel_floats =
-        few || straight ? rows * args_.Q : panel_columns * (block / Mode::unit + 1) * Mode::panel_rows;
+    const int64_t panel_floats = few        ? 0
+                                 : straight ? rows * args_.Q
+                                            : panel_columns * (block / Mode::unit + 1) * Mode::panel_rows;
     const int64_t words_floats = S::tile_rows * (panel_columns + random_slack<S>);
     thread_local Scratch scratch;
     low_rank_ =
@@ -119,7 +120,7 @@ class LinearPanel {
       for_tiles(row_begin, row_end,
                 [&](auto n, int64_t m, int64_t p) { tile<n.value>(m, p, nullptr, 0, 0, true, false); });
       if (few)
-        dot_products(row_begin, row_end, workspace);
+        dot_products(row_begin, row_end);
       else
         straight_products(row_begin, row_end, workspace);
       for (int64_t m = row_begin; m < row_end; ++m) store_row(m);
@@ -235,23 +236,11 @@ class LinearPanel {
     return row_words_[i] + p;
   }
 
-  // Few rows, reduction contiguous: nothing is packed.
-  void dot_products(int64_t row_begin, int64_t row_end, float* workspace) {
-    using Dot = DotMode<S, T>;
-    const typename Dot::X* x;
-    int64_t ldx = args_.Q;
-    if constexpr (std::is_same_v<typename Dot::X, T>) {
-      x = X() + row_begin * args_.ldx;
-      ldx = args_.ldx;
-    } else {
-      for (int64_t m = row_begin; m < row_end; ++m)
-        widen<S>(X() + m * args_.ldx, args_.Q, workspace + (m - row_begin) * args_.Q);
-      x = workspace;
-    }
-    // Eight rows of W stay in L1 and L2 while all rows of X meet them.
+  // Few rows, reduction contiguous: nothing is packed. Eight rows of W stay in L1 and L2 while all rows of X meet them.
+  void dot_products(int64_t row_begin, int64_t row_end) {
     for (int64_t p = 0; p < columns_; p += 8)
       for (int64_t m = row_begin; m < row_end; m += S::tile_rows)
-        dot_rows<S, T>(x + (m - row_begin) * ldx, ldx, std::min<int64_t>(S::tile_rows, row_end - m),
+        dot_rows<S, T>(X() + m * args_.ldx, args_.ldx, std::min<int64_t>(S::tile_rows, row_end - m),
                        W() + (column_ + p) * args_.ldw, args_.ldw, std::min<int64_t>(8, columns_ - p), args_.Q,
                        parked_ + (m - row_begin) * panel_columns + p, panel_columns);
   }
