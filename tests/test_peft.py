@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftfast
@@ -779,7 +780,7 @@ def test_second_derivative_of_a_fallback_is_pefts():
         assert torch.equal(second_derivative(), stock)
 
 
-@pytest.mark.parametrize("transform", ["vmap", "jvp", "grad"])
+@pytest.mark.parametrize("transform", ["vmap", "jvp", "grad", "dual numbers"])
 def test_function_transforms(transform):
     """What the op cannot be transformed into is computed by PEFT's own code."""
     model = net()
@@ -790,6 +791,9 @@ def test_function_transforms(transform):
             return torch.func.vmap(layer)(x)
         if transform == "jvp":
             return torch.func.jvp(layer, (x,), (x.cos(),))[1]
+        if transform == "dual numbers":
+            with forward_ad.dual_level():
+                return forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x.cos()))).tangent
         return torch.func.grad(lambda x: layer(x).square().sum())(x)
 
     stock = apply()

@@ -1,4 +1,6 @@
-// One value at a time, in plain C++: runs everywhere, and says what the other simd_*.h must do.
+// One value at a time, in plain C++: runs everywhere, and says what the other simd_*.h must do. It computes in double:
+// a single lane has no other lanes to share a long sum with, and no instruction that multiplies and adds with one
+// rounding.
 #pragma once
 
 #include "generic/convert.h"
@@ -7,13 +9,13 @@ namespace peftfast::cpu {
 namespace {
 
 struct Scalar {
-  using F = float;     // `width` floats
+  using F = double;    // `width` floats
   using U = uint32_t;  // `width` 32-bit words
   static constexpr int width = 1;
   static constexpr int tile_rows = 3, tile_vectors = 4;  // the register tile: rows x vectors of accumulators
   static constexpr bool has_bf16_dot = false;            // multiplies pairs of bf16 in one instruction
 
-  PEFTFAST_INLINE static F zero() { return 0.0f; }
+  PEFTFAST_INLINE static F zero() { return 0.0; }
   PEFTFAST_INLINE static F set1(float x) { return x; }
   PEFTFAST_INLINE static F set1(const f16* x) { return to_float(*x); }
   // The first or second of a pair of bf16, in every lane.
@@ -25,7 +27,7 @@ struct Scalar {
   }
   template <class T>
   PEFTFAST_INLINE static void store(T* p, F x) {
-    *p = from_float<T>(x);
+    *p = from_float<T>(static_cast<float>(x));
   }
   PEFTFAST_INLINE static F add(F a, F b) { return a + b; }
   PEFTFAST_INLINE static F mul(F a, F b) { return a * b; }
@@ -37,12 +39,13 @@ struct Scalar {
   }
   // The sum over the lanes of each.
   PEFTFAST_INLINE static void sum(F a, F b, F c, F d, float (&sums)[4]) {
-    sums[0] = a, sums[1] = b, sums[2] = c, sums[3] = d;
+    const F values[4] = {a, b, c, d};
+    for (int i = 0; i < 4; ++i) sums[i] = static_cast<float>(values[i]);
   }
   PEFTFAST_INLINE static void transpose(F (&)[1]) {}
   // x where its word is at least the threshold, else 0.
   PEFTFAST_INLINE static F keep(F x, const uint32_t* words, uint32_t threshold) {
-    return *words >= threshold ? x : 0.0f;
+    return *words >= threshold ? x : 0.0;
   }
 
   PEFTFAST_INLINE static U words(uint32_t x) { return x; }

@@ -155,9 +155,8 @@ PEFTFAST_INLINE void multiply_add(Accumulators<typename Mode::S, rows>& c, const
 
 // An fp32 sum in one chain of Q terms loses accuracy with the square root of Q. Where the result stays fp32, chains are
 // this long and their sums are added up, which keeps the error at that of the best blocked BLAS. In a dot product the
-// lanes of a vector are chains of their own; a single lane needs shorter ones to be as accurate.
-template <class S>
-constexpr int64_t chain = S::width == 1 ? 16 : 128;
+// lanes of a vector are chains of their own.
+constexpr int64_t chain = 128;
 
 // multiply_add, but each accumulator adds up chains.
 template <class Mode, int rows>
@@ -167,10 +166,10 @@ PEFTFAST_INLINE void multiply_add_in_chains(Accumulators<typename Mode::S, rows>
   using S = typename Mode::S;
   static_assert(Mode::unit == 1);
   alignas(64) float sums[rows * tile_columns<S>];
-  for (int64_t q = 0; q < Q; q += chain<S>) {
+  for (int64_t q = 0; q < Q; q += chain) {
     store_tile<S, rows>(c, sums, tile_columns<S>);
     clear<S, rows>(c);
-    multiply_add<Mode, rows>(c, x + q * stride_x, ldx, stride_x, panel + q * ldp, ldp, std::min(chain<S>, Q - q));
+    multiply_add<Mode, rows>(c, x + q * stride_x, ldx, stride_x, panel + q * ldp, ldp, std::min(chain, Q - q));
     for (int i = 0; i < rows; ++i)
       for (int j = 0; j < S::tile_vectors; ++j)
         c[i][j] = S::add(c[i][j], S::load(sums + i * tile_columns<S> + j * S::width));
@@ -312,7 +311,7 @@ void dot_tile(const T* x, int64_t ldx, const T* w, int64_t ldw, int64_t Q, float
     for (int i = 0; i < rows; ++i)
       for (int j = 0; j < columns; ++j)
         for (int u = 0; u < unroll; ++u) c[i][j][u] = S::zero();
-    const int64_t whole = Q / Mode::width * Mode::width, end = std::min(q + chain<S> * unroll * Mode::width, whole);
+    const int64_t whole = Q / Mode::width * Mode::width, end = std::min(q + chain * unroll * Mode::width, whole);
     for (; q + unroll * Mode::width <= end; q += unroll * Mode::width) {
       if constexpr (columns > 1 && rows <= 4)  // several streams at once, of rows too few to hide the wait for them
         for (int j = 0; j < columns; ++j) prefetch_row(w + j * ldw + q + 1024 / sizeof(T), unroll * Mode::width);
