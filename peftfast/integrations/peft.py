@@ -54,8 +54,8 @@ def restore(wanted: Switch) -> None:
     if wanted.installed and not switch.installed:
         for kind in _layer_kinds(LoraLayer):
             _originals[kind] = kind.forward
-            patch = _forward if kind is Linear else _forward_of_other_kind(kind.forward)
-            kind.forward = functools.wraps(kind.forward)(patch)
+            forward_of = _forward_of_linear if kind is Linear else _forward_of_other_kind
+            kind.forward = functools.wraps(kind.forward)(forward_of(kind.forward))
     elif switch.installed and not wanted.installed:
         for kind, forward in _originals.items():
             kind.forward = forward
@@ -109,22 +109,25 @@ def _in_force(layer: LoraLayer) -> tuple[bool, bool]:
     return switch.everywhere or marked, (switch.everywhere and switch.strict) or (marked and strict)
 
 
-def _forward(self: Linear, x: Tensor, *args, **kwargs) -> Tensor:
-    """The forward of lora.Linear while peftfast is installed."""
-    on, strict = _in_force(self)
-    original = _originals[Linear]
-    if not on or _at_rest(self):
+def _forward_of_linear(original: Callable) -> Callable:
+    """The forward of lora.Linear while peftfast is installed. It keeps the original: a hook may outlive the patch."""
+
+    def forward(self: Linear, x: Tensor, *args, **kwargs) -> Tensor:
+        on, strict = _in_force(self)
+        if not on or _at_rest(self):
+            return original(self, x, *args, **kwargs)
+        reason = _why_not_call(args, kwargs) or _why_not(self) or _why_not_input(self, x)
+        if reason is None:
+            if _last_fallback:
+                _last_fallback.pop(self, None)
+            return _fused(self, x)
+        if strict:
+            raise FallbackError(f"Layer {_name_of(self)} cannot run on the fast path: {reason}.")
+        if not torch.compiler.is_compiling():
+            _last_fallback[self] = reason
         return original(self, x, *args, **kwargs)
-    reason = _why_not_call(args, kwargs) or _why_not(self) or _why_not_input(self, x)
-    if reason is None:
-        if _last_fallback:
-            _last_fallback.pop(self, None)
-        return _fused(self, x)
-    if strict:
-        raise FallbackError(f"Layer {_name_of(self)} cannot run on the fast path: {reason}.")
-    if not torch.compiler.is_compiling():
-        _last_fallback[self] = reason
-    return original(self, x, *args, **kwargs)
+
+    return forward
 
 
 def _forward_of_other_kind(original: Callable) -> Callable:
