@@ -207,7 +207,7 @@ def _why_not_call(args: tuple, kwargs: dict) -> str | None:
 def _why_not(layer: Linear) -> str | None:
     """The layer itself, whatever the input."""
     if type(layer) is not Linear:
-        return f"{type(layer).__name__} is a subclass of lora.Linear with a forward of its own"
+        return f"{type(layer).__name__} is a subclass of lora.Linear"
     base = layer.base_layer
     if type(base) is not nn.Linear and type(base) is not Conv1D:
         return f"its base layer is a {type(base).__name__}, not a Linear or Conv1D"
