@@ -977,6 +977,7 @@ def test_opcheck(dtypes, ranks, dropout):
     for leaf in p.leaves().values():
         leaf.requires_grad_()
     opcheck(FORWARD, operands(p))
+    assert [result.requires_grad for result in FORWARD(*operands(p))] == [True, False]
 
 
 @pytest.mark.parametrize("change", ["weight", "lora_A", "lora_B", "bias", "seed", "lists"])
