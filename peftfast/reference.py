@@ -6,7 +6,9 @@ autograd's. Nothing here is written for speed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -93,3 +95,182 @@ def lora_linear(
             z = z * dropout_mask(x.shape, p, seed, index).to(x.device) / (1 - p)
         y = y + z @ A.T @ B.T * s
     return y.to(x.dtype)
+
+
+# ---- 4-bit weights ------------------------------------------------------------------------------------------------------
+
+# What the 16 codes stand for. NF4: quantiles of the normal distribution (Dettmers et al., QLoRA, NeurIPS 2023). FP4:
+# sign, two bits of exponent, one of fraction, scaled to a maximum of 1.
+FOURBIT_CODEBOOKS = {
+    "nf4": (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+    "fp4": tuple(sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
+}  # fmt: skip
+# The codes in ascending order of what they stand for; of FP4's two zeros, -0 counts as the larger.
+FOURBIT_ORDER = {
+    "nf4": tuple(range(16)),
+    "fp4": (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3),
+}
+FOURBIT_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+NESTED_BLOCKSIZE = 256
+
+
+@dataclass(frozen=True)
+class NestedAbsmax:
+    """How the 8-bit codes of a doubly quantized absmax are read: code[q] * absmax[block] + offset.
+
+    Attributes:
+        absmax: float32 [ceil(blocks / blocksize)].
+        code: float32 [256], ascending.
+        offset: float32, one element.
+        blocksize: codes to one entry of absmax.
+    """
+
+    absmax: Tensor
+    code: Tensor
+    offset: Tensor
+    blocksize: int = NESTED_BLOCKSIZE
+
+
+@dataclass(frozen=True)
+class FourBitWeight:
+    """A weight in bitsandbytes' 4-bit format: a code of 4 bits per element, one scale per block of the flat weight.
+
+    Attributes:
+        packed: the codes of the flattened weight, two to a byte, the first in the high half; any shape and dtype
+            whose bytes are these.
+        absmax: float32 [blocks], the largest magnitude of each block; uint8 when `nested` says how to read it.
+        shape: of the weight, [N, K] for a linear layer.
+        dtype: of the weight before it was quantized.
+        quant_type: "nf4" or "fp4".
+        blocksize: elements to one entry of absmax.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    quant_type: str = "nf4"
+    blocksize: int = 64
+    nested: NestedAbsmax | None = None
+
+    def to(self, device: torch.device | str) -> FourBitWeight:
+        """The same weight with its tensors on `device`."""
+        nested = self.nested and replace(
+            self.nested,
+            absmax=self.nested.absmax.to(device),
+            code=self.nested.code.to(device),
+            offset=self.nested.offset.to(device),
+        )
+        return replace(self, packed=self.packed.to(device), absmax=self.absmax.to(device), nested=nested)
+
+    @property
+    def nbytes(self) -> int:
+        """What its tensors take in memory."""
+        tensors = [self.packed, self.absmax]
+        if self.nested:
+            tensors += [self.nested.absmax, self.nested.code, self.nested.offset]
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+def dynamic_code() -> Tensor:
+    """The 256 values that bitsandbytes' 8-bit codes of absmax stand for, ascending: float32 [256].
+
+    Seven decades; the n-th from below is cut into 2**n parts, each represented by its middle, of either sign; with 0
+    and 1 (Dettmers, 8-Bit Approximations for Parallelism in Deep Learning, ICLR 2016).
+    """
+    values = [0.0, 1.0]
+    for decade in range(7):
+        bounds = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        middles = (10 ** (decade - 6) * ((bounds[:-1] + bounds[1:]) / 2)).tolist()
+        values += middles + [-value for value in middles]
+    return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+def fourbit_quantize(
+    weight: Tensor, *, quant_type: str = "nf4", blocksize: int = 64, nested: bool = True
+) -> FourBitWeight:
+    """`weight` in 4 bits; see `peftfast.ops.fourbit_quantize`."""
+    flat = weight.detach().reshape(-1).float()
+    tail = flat.numel() % blocksize
+    blocks = torch.nn.functional.pad(flat, (0, blocksize - tail if tail else 0)).view(-1, blocksize)
+    absmax = blocks.abs().amax(1) if blocks.numel() else flat.new_empty(0)
+    divisor = absmax.clamp(min=1e-38)
+    scaled = blocks * (1.0 / divisor).unsqueeze(1)
+    if tail:  # bitsandbytes divides in a block that is not full, and keeps the divisor
+        scaled[-1] = blocks[-1] / divisor[-1]
+        absmax[-1] = divisor[-1]
+    order = torch.tensor(FOURBIT_ORDER[quant_type])
+    levels = torch.tensor(FOURBIT_CODEBOOKS[quant_type])[order]
+    codes = order[torch.bucketize(scaled.clamp(-1, 1).view(-1), (levels[:-1] + levels[1:]) / 2)]
+    codes = codes[: flat.numel()].to(torch.uint8)
+    if codes.numel() % 2:  # the code of zero fills the last byte
+        codes = torch.cat([codes, codes.new_tensor([FOURBIT_ORDER[quant_type][7]])])
+    packed = (codes[::2] << 4 | codes[1::2]).unsqueeze(1)
+    how = None
+    if nested:
+        offset = absmax.mean()
+        absmax, how = _quantize_absmax(absmax - offset, offset)
+    return FourBitWeight(packed, absmax, tuple(weight.shape), weight.dtype, quant_type, blocksize, how)
+
+
+def _quantize_absmax(centered: Tensor, offset: Tensor) -> tuple[Tensor, NestedAbsmax]:
+    """8-bit codes of absmax - offset. As bitsandbytes does, values are first placed on a grid of 65536 points."""
+    size, code = NESTED_BLOCKSIZE, dynamic_code()
+    tail = centered.numel() % size
+    blocks = torch.nn.functional.pad(centered, (0, size - tail if tail else 0)).view(-1, size)
+    absmax = blocks.abs().amax(1) if blocks.numel() else centered.new_empty(0)
+    inverse = torch.where(absmax > 0, 1.0 / absmax, 0.0)
+    unit = (blocks * inverse.unsqueeze(1)).clamp(-1, 1)
+    place = (((unit + 1) * 0.5).double() * 65535 + 0.5).float().long()
+    grid = -1 + torch.arange(0, 131072, 2).float() / 65535
+    codes = torch.bucketize(grid, (code[:-1] + code[1:]) / 2).to(torch.uint8)[place]
+    codes[absmax == 0] = 0
+    return codes.view(-1)[: centered.numel()], NestedAbsmax(absmax, code, offset)
+
+
+def fourbit_absmax(weight: FourBitWeight) -> Tensor:
+    """The scale of each block, float32 [blocks], whether it is stored so or quantized itself."""
+    nested = weight.nested
+    if nested is None:
+        return weight.absmax.float()
+    scale = nested.absmax.repeat_interleave(nested.blocksize)[: weight.absmax.numel()]
+    return nested.code[weight.absmax.long()] * scale + nested.offset
+
+
+def fourbit_dequantize(weight: FourBitWeight, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight of `shape`: code * absmax in fp32, rounded once to `dtype` (default: the weight's own)."""
+    count = math.prod(weight.shape)
+    packed = weight.packed.reshape(-1).view(torch.uint8)
+    codes = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[:count].long()
+    scale = fourbit_absmax(weight).repeat_interleave(weight.blocksize)[:count]
+    codebook = torch.tensor(FOURBIT_CODEBOOKS[weight.quant_type], device=packed.device)
+    return (codebook[codes] * scale).to(dtype or weight.dtype).view(weight.shape)
+
+
+def fourbit_linear(
+    x: Tensor,
+    weight: FourBitWeight,
+    lora_A: Tensor | Sequence[Tensor] = (),
+    lora_B: Tensor | Sequence[Tensor] = (),
+    scaling: float | Tensor | Sequence[float | Tensor] = (),
+    *,
+    bias: Tensor | None = None,
+    dropout: float | Sequence[float] = 0.0,
+    seed: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`lora_linear` over a 4-bit weight; see `peftfast.ops.fourbit_linear`."""
+    compute_dtype = compute_dtype or x.dtype
+    dense = fourbit_dequantize(weight, compute_dtype)
+    none = x.new_empty(0, x.shape[-1]), x.new_empty(weight.shape[0], 0)
+    y = lora_linear(x.to(compute_dtype), dense, *none, 0.0, bias=bias).to(x.dtype)
+    lora_A, lora_B = as_list(lora_A, 1), as_list(lora_B, 1)
+    if not lora_A:
+        return y
+    # The adapters see x as it is, the base sees it in compute_dtype.
+    zero = x.new_zeros(weight.shape)
+    return y + lora_linear(x, zero, lora_A, lora_B, scaling, dropout=dropout, seed=seed)

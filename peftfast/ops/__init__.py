@@ -1,5 +1,19 @@
 """The operators. Each is a typed function over a `torch.library` operator of the namespace `peftfast`."""
 
+from peftfast.ops.fourbit import (
+    FourBitWeight,
+    NestedAbsmax,
+    fourbit_dequantize,
+    fourbit_linear,
+    fourbit_quantize,
+)
 from peftfast.ops.lora import lora_linear
 
-__all__ = ["lora_linear"]
+__all__ = [
+    "FourBitWeight",
+    "NestedAbsmax",
+    "fourbit_dequantize",
+    "fourbit_linear",
+    "fourbit_quantize",
+    "lora_linear",
+]
