@@ -11,6 +11,7 @@
 namespace peftfast {
 
 enum class DType : uint8_t { f32, bf16, f16 };
+enum class FourBitType : uint8_t { nf4, fp4 };
 constexpr int dtype_count = 3;
 
 // Storage types of the 16-bit formats. Arithmetic happens in fp32 only.
@@ -40,15 +41,38 @@ struct LoraAdapter {
   void* grad_B;   // [N, rank], out; null: not wanted (backward only)
 };
 
+// A matrix in bitsandbytes' 4-bit format, whose rules are in fourbit_format.h. Element i of the flat matrix is
+// codebook[code i] * absmax[i / blocksize].
+struct FourBitMatrix {
+  FourBitType type;
+  const uint8_t* packed;  // [(elements + 1) / 2]
+  int64_t blocksize;
+  const float* absmax;  // [blocks]; null: nested, absmax[b] = nested_code[codes[b]] * nested_absmax[b / nested_blocksize]
+                        // + *nested_offset
+  const uint8_t* absmax_codes;  // [blocks]
+  const float* nested_absmax;   // [ceil(blocks / nested_blocksize)]
+  const float* nested_code;     // [256]
+  const float* nested_offset;
+  int64_t nested_blocksize;
+};
+
+// The frozen weight of a linear layer, in one of two forms.
+struct BaseWeight {
+  const void* dense;  // [N, K], or [K, N] when transposed, in the dtype of X; null: in 4 bits, [N, K]
+  int64_t ld;
+  bool transposed;
+  FourBitMatrix fourbit;
+  DType compute;  // of a base product with a 4-bit weight: f32, whatever the dtype of X; or 16 bits, to which W is rounded
+                  // and, when it is f32, X (unless the instruction set gains nothing by it)
+};
+
 // Y = X W^T + bias + sum over adapters of scaling * dropout(X) A^T B^T
 struct LoraLinearArgs {
   int64_t M, N, K;
-  DType dtype;    // of X, W and Y
+  DType dtype;    // of X and Y
   const void* X;  // [M, K]
   int64_t ldx;
-  const void* W;  // [N, K], or [K, N] when transposed
-  int64_t ldw;
-  bool transposed;
+  BaseWeight W;
   const float* bias;  // [N] or null
   const LoraAdapter* adapters;
   int adapter_count;
@@ -60,14 +84,12 @@ struct LoraLinearArgs {
 // From G = dL/dY:  V = scaling * G B,  dX = G W + dropout'(V A),  grad_A = V^T dropout(X),  grad_B = G^T U
 struct LoraLinearBackwardArgs {
   int64_t M, N, K;
-  DType dtype;    // of G, X, W and dX
+  DType dtype;    // of G, X and dX
   const void* G;  // [M, N]
   int64_t ldg;
   const void* X;  // [M, K]; may be null when no grad_A is wanted
   int64_t ldx;
-  const void* W;  // [N, K], or [K, N] when transposed
-  int64_t ldw;
-  bool transposed;
+  BaseWeight W;
   const LoraAdapter* adapters;
   int adapter_count;
   const int64_t* seed;
@@ -75,7 +97,40 @@ struct LoraLinearBackwardArgs {
   void* dX;        // [M, K], out; null: not wanted
 };
 
+// W -> packed and absmax, plain. absmax comes out not finite where W is not.
+struct FourBitQuantizeArgs {
+  int64_t count;
+  DType dtype;
+  const void* W;  // [count]
+  FourBitType type;
+  int64_t blocksize;
+  uint8_t* packed;  // [(count + 1) / 2], out
+  float* absmax;    // [ceil(count / blocksize)], out
+};
+
+// The second quantization: absmax -> 8-bit codes of absmax - offset.
+struct AbsmaxQuantizeArgs {
+  int64_t blocks;
+  const float* absmax;  // [blocks]
+  const float* offset;  // one
+  const float* code;    // [256], ascending
+  int64_t blocksize;
+  uint8_t* codes;        // [blocks], out
+  float* nested_absmax;  // [ceil(blocks / blocksize)], out
+};
+
+struct FourBitDequantizeArgs {
+  int64_t count;
+  FourBitMatrix W;
+  DType dtype;
+  void* out;  // [count], out
+};
+
 namespace cpu {
+
+void fourbit_quantize(const FourBitQuantizeArgs& args, const Threads& threads);
+void fourbit_quantize_absmax(const AbsmaxQuantizeArgs& args, const Threads& threads);
+void fourbit_dequantize(const FourBitDequantizeArgs& args, const Threads& threads);
 
 void lora_linear(const LoraLinearArgs& args, const Threads& threads);
 void lora_linear_backward(const LoraLinearBackwardArgs& args, const Threads& threads);

@@ -97,7 +97,7 @@ def lora_linear(
     return y.to(x.dtype)
 
 
-# ---- 4-bit weights ------------------------------------------------------------------------------------------------------
+# ---- 4-bit weights ----------------------------------------------------------------------------------------
 
 # What the 16 codes stand for. NF4: quantiles of the normal distribution (Dettmers et al., QLoRA, NeurIPS 2023). FP4:
 # sign, two bits of exponent, one of fraction, scaled to a maximum of 1.

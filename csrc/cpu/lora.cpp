@@ -18,21 +18,14 @@
 #include "../kernels.h"
 #include "../philox.h"
 #include "generic/convert.h"
+#include "parallel.h"
 #include "scratch.h"
 #include "table.h"
 
 namespace peftfast::cpu {
 namespace {
 
-template <class Body>
-void parallel_for(const Threads& threads, int64_t count, Body body) {
-  if (count <= 1 || threads.count <= 1) {
-    if (count > 0) body(int64_t{0}, count);
-    return;
-  }
-  threads.run(
-      0, count, [](int64_t begin, int64_t end, void* context) { (*static_cast<Body*>(context))(begin, end); }, &body);
-}
+constexpr int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
@@ -75,7 +68,9 @@ class Adapters {
       const LoraAdapter& a = adapters_[i];
       float* out = A32 + row * K_;
       parallel_for(threads, (a.rank * K_ + chunk - 1) / chunk, [&](int64_t begin, int64_t end) {
-        widen(a.dtype, a.A, begin * chunk, std::min(end * chunk, a.rank * K_), out);
+        const char* source = static_cast<const char*>(a.A) + begin * chunk * size_of(a.dtype);
+        const int64_t n = std::min(end * chunk, a.rank * K_) - begin * chunk;
+        table().convert[static_cast<int>(a.dtype)](source, n, DType::f32, out + begin * chunk);
       });
     }
     return A32;
@@ -99,15 +94,6 @@ class Adapters {
  private:
   static constexpr int64_t chunk = 16384, rows = 512;  // of work that is worth a thread
 
-  static void widen(DType dtype, const void* source, int64_t begin, int64_t end, float* out) {
-    if (dtype == DType::f32)
-      std::copy(static_cast<const float*>(source) + begin, static_cast<const float*>(source) + end, out + begin);
-    else if (dtype == DType::bf16)
-      for (int64_t i = begin; i < end; ++i) out[i] = to_float(static_cast<const bf16*>(source)[i]);
-    else
-      for (int64_t i = begin; i < end; ++i) out[i] = to_float(static_cast<const f16*>(source)[i]);
-  }
-
   const LoraAdapter* adapters_;
   int count_;
   int64_t K_, N_, rank_ = 0;
@@ -125,7 +111,30 @@ void down(const DownArgs& args, DType dtype, int64_t M, const Threads& threads) 
   });
 }
 
-void linear(const LinearArgs& args, DType dtype, const Threads& threads) {
+// The dtype that X and a 4-bit weight are multiplied in. fp32 is never less accurate, and costs nothing more where there is
+// no instruction for 16 bits; few rows are bound by the reading of the weight.
+DType product_dtype(const LinearArgs& args, DType dtype, DType wanted) {
+  if (args.M <= few_rows && args.reduction_contiguous) return DType::f32;
+  if (wanted == dtype) return dtype;
+  return dtype == DType::f32 && wanted == DType::bf16 && table().bf16_dot ? DType::bf16 : DType::f32;
+}
+
+void linear(LinearArgs args, DType dtype, const BaseWeight& W, const Threads& threads) {
+  if (W.dense == nullptr) {
+    args.fourbit = &W.fourbit;
+    const DType product = product_dtype(args, dtype, W.compute);
+    if (product != dtype) {
+      thread_local Scratch scratch;
+      char* converted = reinterpret_cast<char*>(scratch.floats(args.M * args.Q));
+      const int64_t row_size = args.Q * size_of(product);
+      parallel_for(threads, args.M, [&](int64_t begin, int64_t end) {
+        for (int64_t m = begin; m < end; ++m)
+          table().convert[static_cast<int>(dtype)](static_cast<const char*>(args.X) + m * args.ldx * size_of(dtype),
+                                                   args.Q, product, converted + m * row_size);
+      });
+      args.X = converted, args.ldx = args.Q, dtype = product;
+    }
+  }
   const int64_t panels = (args.P + panel_columns - 1) / panel_columns;
   // Rows are parted only to bound the memory of parked accumulators, or when there are too few panels to go round: each
   // part packs the panel again.
@@ -175,9 +184,9 @@ void lora_linear(const LoraLinearArgs& args, const Threads& threads) {
   const int64_t R = adapters.rank();
   down({args.X, args.ldx, args.K, adapters.A(threads), adapters.dropped_scale(), R, adapters.dropout(), args.U},
        args.dtype, args.M, threads);
-  linear({args.M, args.N, args.K, args.X, args.ldx, args.W, args.ldw, !args.transposed, args.bias, args.U,
-          adapters.B_transposed(threads), R, adapters.no_dropout(), args.Y},
-         args.dtype, threads);
+  linear({args.M, args.N, args.K, args.X, args.ldx, args.W.dense, args.W.ld, !args.W.transposed, nullptr, args.bias,
+          args.U, adapters.B_transposed(threads), R, adapters.no_dropout(), args.Y, args.dtype},
+         args.dtype, args.W, threads);
 }
 
 void lora_linear_backward(const LoraLinearBackwardArgs& args, const Threads& threads) {
@@ -196,9 +205,9 @@ void lora_linear_backward(const LoraLinearBackwardArgs& args, const Threads& thr
          args.dtype, M, threads);
   }
   if (args.dX != nullptr)
-    linear({M, K, N, args.G, args.ldg, args.W, args.ldw, args.transposed, nullptr, V, adapters.A(threads), R,
-            adapters.dropout(), args.dX},
-           args.dtype, threads);
+    linear({M, K, N, args.G, args.ldg, args.W.dense, args.W.ld, args.W.transposed, nullptr, nullptr, V,
+            adapters.A(threads), R, adapters.dropout(), args.dX, args.dtype},
+           args.dtype, args.W, threads);
   const auto gradient = [&](const OuterArgs& outer_args, bool of_A) {
     outer(outer_args, args.dtype, threads);
     int64_t row = 0;

@@ -70,12 +70,46 @@ struct Avx2 {
     }
     for (int i = 0; i < 8; ++i) r[i] = t[i];
   }
+  PEFTFAST_INLINE static void transpose(U (&r)[8]) {
+    F t[8];
+    for (int i = 0; i < 8; ++i) t[i] = _mm256_castsi256_ps(r[i]);
+    transpose(t);
+    for (int i = 0; i < 8; ++i) r[i] = _mm256_castps_si256(t[i]);
+  }
   PEFTFAST_INLINE static F keep(F x, const uint32_t* words, uint32_t threshold) {
     const U limit = _mm256_set1_epi32(static_cast<int>(threshold));
     const U word = _mm256_loadu_si256(reinterpret_cast<const U*>(words));
     return _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(word, limit), word)));
   }
 
+  struct Codebook {
+    F low, high;
+  };
+  PEFTFAST_INLINE static Codebook codebook(const float* values) { return {load(values), load(values + 8)}; }
+  PEFTFAST_INLINE static F decode(const Codebook& values, U codes) {  // the fourth bit, moved to the sign, chooses
+    const F low = _mm256_permutevar8x32_ps(values.low, codes), high = _mm256_permutevar8x32_ps(values.high, codes);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28)));
+  }
+  // `width` codes that follow one another from the high half of *p on, in the lowest bits of the lanes.
+  PEFTFAST_INLINE static U consecutive_codes(const uint8_t* p) {
+    int32_t bits;
+    std::memcpy(&bits, p, sizeof(bits));
+    return _mm256_srlv_epi32(_mm256_set1_epi32(bits), _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24));
+  }
+  PEFTFAST_INLINE static U count_above(U count, F x, F bound) {
+    return _mm256_sub_epi32(count, _mm256_castps_si256(_mm256_cmp_ps(x, bound, _CMP_GT_OQ)));
+  }
+  PEFTFAST_INLINE static U magnitude(F x) {
+    return _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff));
+  }
+
+  PEFTFAST_INLINE static U load_words(const void* p) { return _mm256_loadu_si256(static_cast<const U*>(p)); }
+  PEFTFAST_INLINE static void store_words(uint32_t* p, U x) { _mm256_storeu_si256(reinterpret_cast<U*>(p), x); }
+  PEFTFAST_INLINE static U max(U a, U b) { return _mm256_max_epu32(a, b); }
+  template <int n>
+  PEFTFAST_INLINE static U shift_right(U x) {
+    return _mm256_srli_epi32(x, n);
+  }
   PEFTFAST_INLINE static U words(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
   PEFTFAST_INLINE static U counting_from(uint32_t x) {
     return _mm256_add_epi32(words(x), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));

@@ -75,11 +75,40 @@ struct Avx512 {
       r[j + 8] = _mm512_shuffle_f32x4(t[j], t[j + 8], 0xdd);
     }
   }
+  PEFTFAST_INLINE static void transpose(U (&r)[16]) {
+    F t[16];
+    for (int i = 0; i < 16; ++i) t[i] = _mm512_castsi512_ps(r[i]);
+    transpose(t);
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_castps_si512(t[i]);
+  }
   PEFTFAST_INLINE static F keep(F x, const uint32_t* words, uint32_t threshold) {
     const U word = _mm512_loadu_si512(words);
     return _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(word, _mm512_set1_epi32(static_cast<int>(threshold))), x);
   }
 
+  using Codebook = F;
+  PEFTFAST_INLINE static Codebook codebook(const float* values) { return load(values); }
+  PEFTFAST_INLINE static F decode(const Codebook& values, U codes) { return _mm512_permutexvar_ps(codes, values); }
+  PEFTFAST_INLINE static U consecutive_codes(const uint8_t* p) {
+    int32_t bits[2];
+    std::memcpy(bits, p, sizeof(bits));
+    const U both = _mm512_inserti64x4(_mm512_set1_epi32(bits[0]), _mm256_set1_epi32(bits[1]), 1);
+    return _mm512_srlv_epi32(both, _mm512_set_epi32(24, 28, 16, 20, 8, 12, 0, 4, 24, 28, 16, 20, 8, 12, 0, 4));
+  }
+  PEFTFAST_INLINE static U count_above(U count, F x, F bound) {
+    return _mm512_mask_add_epi32(count, _mm512_cmp_ps_mask(x, bound, _CMP_GT_OQ), count, _mm512_set1_epi32(1));
+  }
+  PEFTFAST_INLINE static U magnitude(F x) {
+    return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
+  }
+
+  PEFTFAST_INLINE static U load_words(const void* p) { return _mm512_loadu_si512(p); }
+  PEFTFAST_INLINE static void store_words(uint32_t* p, U x) { _mm512_storeu_si512(p, x); }
+  PEFTFAST_INLINE static U max(U a, U b) { return _mm512_max_epu32(a, b); }
+  template <int n>
+  PEFTFAST_INLINE static U shift_right(U x) {
+    return _mm512_srli_epi32(x, n);
+  }
   PEFTFAST_INLINE static U words(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
   PEFTFAST_INLINE static U counting_from(uint32_t x) {
     return _mm512_add_epi32(words(x), _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));

@@ -43,12 +43,32 @@ struct Scalar {
     for (int i = 0; i < 4; ++i) sums[i] = static_cast<float>(values[i]);
   }
   PEFTFAST_INLINE static void transpose(F (&)[1]) {}
+  PEFTFAST_INLINE static void transpose(U (&)[1]) {}
   // x where its word is at least the threshold, else 0.
   PEFTFAST_INLINE static F keep(F x, const uint32_t* words, uint32_t threshold) {
     return *words >= threshold ? x : 0.0;
   }
 
+  // The value that each lane's lowest four bits stand for, of 16.
+  using Codebook = const float*;
+  PEFTFAST_INLINE static Codebook codebook(const float* values) { return values; }
+  PEFTFAST_INLINE static F decode(Codebook values, U codes) { return values[codes & 15]; }
+  // How many of the bounds a value was above so far, and whether it is above this one too.
+  PEFTFAST_INLINE static U count_above(U count, F x, F bound) { return count + (x > bound); }
+  PEFTFAST_INLINE static U magnitude(F x) { return bit_cast<uint32_t>(static_cast<float>(x)) & 0x7fffffffu; }  // bits
+
   PEFTFAST_INLINE static U words(uint32_t x) { return x; }
+  PEFTFAST_INLINE static U load_words(const void* p) {
+    U x;
+    std::memcpy(&x, p, sizeof(x));
+    return x;
+  }
+  PEFTFAST_INLINE static void store_words(uint32_t* p, U x) { *p = x; }
+  PEFTFAST_INLINE static U max(U a, U b) { return a > b ? a : b; }
+  template <int n>
+  PEFTFAST_INLINE static U shift_right(U x) {
+    return x >> n;
+  }
   PEFTFAST_INLINE static U counting_from(uint32_t x) { return x; }  // x, x + 1, ...
   PEFTFAST_INLINE static U exclusive_or(U a, U b) { return a ^ b; }
   PEFTFAST_INLINE static void multiply(U a, uint32_t b, U& high, U& low) {

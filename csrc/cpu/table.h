@@ -12,6 +12,9 @@ namespace peftfast::cpu {
 // operand with a full reduction block stay in a core's L2 cache.
 constexpr int64_t panel_columns = 64;
 
+// With at most this many rows, packing a weight costs more than it saves.
+constexpr int64_t few_rows = 12;
+
 // A run of ranks that share a dropout mask: one adapter, or all of them when none drops.
 struct Segment {
   int64_t begin, end;  // ranks
@@ -54,12 +57,14 @@ struct LinearArgs {
   const void* W;  // element (q, p) at W[p * ldw + q] when reduction_contiguous, else W[q * ldw + p]
   int64_t ldw;
   bool reduction_contiguous;
+  const FourBitMatrix* fourbit;  // stands for W when not null; its rows follow one another: ldw does not count
   const float* bias;  // [P] or null
   const float* U;     // [M, R]
   const float* L;     // [R, P]
   int64_t R;
   Dropout dropout;  // of U L; its masks are those of an [M, P] matrix
   void* Y;          // [M, P]
+  DType out;        // of Y; X may be in another one
 };
 
 // D = V^T dropout(X), for the panel of columns that starts at `column`. Each segment writes to its own gradient.
@@ -74,10 +79,14 @@ struct OuterArgs {
 };
 
 struct Table {
+  bool bf16_dot;  // multiplies pairs of bf16 in one instruction
   void (*transpose[dtype_count])(const TransposeArgs& args, int64_t begin, int64_t end);
   void (*down[dtype_count])(const DownArgs& args, int64_t row_begin, int64_t row_end);
   void (*linear[dtype_count])(const LinearArgs& args, int64_t column, int64_t row_begin, int64_t row_end);
   void (*outer[dtype_count])(const OuterArgs& args, int64_t column);
+  void (*convert[dtype_count])(const void* x, int64_t count, DType to, void* out);  // to f32 or bf16
+  void (*fourbit_quantize[dtype_count])(const FourBitQuantizeArgs& args, int64_t block_begin, int64_t block_end);
+  void (*fourbit_dequantize[dtype_count])(const FourBitDequantizeArgs& args, int64_t begin, int64_t end);
   double (*flops_of_loop[dtype_count])(int64_t iterations);  // runs the loop and returns the FLOP it did
 };
 

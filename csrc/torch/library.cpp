@@ -1,6 +1,9 @@
 // Every operator's schema, and where its kernels are registered. Faces, fakes and gradients: peftfast/ops.
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
+#include "fourbit.h"
 #include "lora.h"
 
 STABLE_TORCH_LIBRARY(peftfast, library) {
@@ -11,6 +14,25 @@ STABLE_TORCH_LIBRARY(peftfast, library) {
       "lora_linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor[] lora_A, Tensor[] lora_B, Tensor u, "
       "float[] scaling, float[] dropout, Tensor? seed, bool transposed, bool want_x, bool[] want_A, bool[] want_B) "
       "-> (Tensor grad_x, Tensor[] grad_A, Tensor[] grad_B)");
+
+  // A 4-bit weight is given by its parts; the three optional ones say how an absmax of 8-bit codes is read.
+  const std::string weight =
+      "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? nested_offset, int blocksize, "
+      "int nested_blocksize, str quant_type, ";
+  const auto def = [&](const std::string& schema) { library.def(schema.c_str()); };
+  def("fourbit_quantize(Tensor weight, int blocksize, str quant_type) -> (Tensor packed, Tensor absmax)");
+  def("fourbit_quantize_absmax(Tensor absmax, Tensor offset, Tensor code, int blocksize) "
+      "-> (Tensor codes, Tensor nested_absmax)");
+  def("fourbit_dequantize(" + weight + "SymInt rows, SymInt columns, str dtype) -> Tensor");
+  def("fourbit_linear(Tensor x, " + weight +
+      "SymInt out_features, Tensor? bias, Tensor[] lora_A, Tensor[] lora_B, float[] scaling, float[] dropout, "
+      "Tensor? seed, str compute_dtype) -> (Tensor y, Tensor u)");
+  def("fourbit_linear_backward(Tensor grad_y, Tensor x, " + weight +
+      "Tensor[] lora_A, Tensor[] lora_B, Tensor u, float[] scaling, float[] dropout, Tensor? seed, str compute_dtype, "
+      "bool want_x, bool[] want_A, bool[] want_B) -> (Tensor grad_x, Tensor[] grad_A, Tensor[] grad_B)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(peftfast, CPU, library) { peftfast::register_lora(library); }
+STABLE_TORCH_LIBRARY_IMPL(peftfast, CPU, library) {
+  peftfast::register_lora(library);
+  peftfast::register_fourbit(library);
+}

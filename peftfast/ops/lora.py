@@ -65,10 +65,7 @@ def call(x, weight, lora_A, lora_B, scaling, bias, dropout, transposed, seed=Non
         x, weight = x.to(dtype), weight.to(dtype)
         if bias is not None and bias.dtype != torch.float32:
             bias = bias.to(dtype)
-    for i, s in enumerate(scaling):
-        if isinstance(s, Tensor):  # into B, so that its value is never read on the host
-            lora_B = [B * s.to(B.dtype) if i == j else B for j, B in enumerate(lora_B)]
-            scaling = [1.0 if i == j else t for j, t in enumerate(scaling)]
+    lora_B, scaling = scale_into_B(lora_B, scaling)
     if device not in KERNEL_DEVICES:
         return reference.lora_linear(
             x, weight, lora_A, lora_B, scaling, bias=bias, dropout=dropout, transposed=transposed, seed=seed
@@ -94,7 +91,27 @@ def _dispatch(x, weight, bias, lora_A, lora_B, scaling, dropout, seed, transpose
 
 def _check(x, weight, lora_A, lora_B, scaling, bias, dropout, transposed, seed) -> None:
     """One sentence for each argument that is wrong."""
-    tensors = {"x": x, "weight": weight, "bias": bias, "seed": seed}
+    check_tensors({"x": x, "weight": weight, "bias": bias, "seed": seed}, lora_A, lora_B)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x must be float32, bfloat16 or float16, got {name_of(x.dtype)}.")
+    if weight.dtype != x.dtype and not (autocast and weight.dtype in DTYPES):
+        raise TypeError(
+            f"weight is {name_of(weight.dtype)}, but x is {name_of(x.dtype)}: they must be the same."
+        )
+    if x.dim() == 0:
+        raise ValueError("x must have at least one dimension, its last the input features.")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must have 2 dimensions, got shape {list(weight.shape)}.")
+    outputs, inputs = reversed(weight.shape) if transposed else weight.shape
+    if x.shape[-1] != inputs:
+        raise ValueError(f"x has {x.shape[-1]} input features, but weight has {inputs}.")
+    check_bias(bias, outputs, (x.dtype, weight.dtype, torch.float32))
+    check_adapters(x, lora_A, lora_B, scaling, dropout, seed, outputs, inputs)
+
+
+def check_tensors(tensors: dict[str, Tensor | None], lora_A: list, lora_B: list) -> None:
+    """Each is a dense tensor on the device of "x"; a bias and a seed may be missing."""
     for i in range(max(len(lora_A), len(lora_B))):
         tensors |= {f"lora_A[{i}]": lora_A[i]} if i < len(lora_A) else {}
         tensors |= {f"lora_B[{i}]": lora_B[i]} if i < len(lora_B) else {}
@@ -104,39 +121,34 @@ def _check(x, weight, lora_A, lora_B, scaling, bias, dropout, transposed, seed) 
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}.")
         if value.layout is not torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, got layout {_name(value.layout)}.")
-        if value.device != x.device:
-            raise ValueError(f"{name} is on {value.device}, but x is on {x.device}.")
+            raise TypeError(f"{name} must be a dense tensor, got layout {name_of(value.layout)}.")
+        if value.device != tensors["x"].device:
+            raise ValueError(f"{name} is on {value.device}, but x is on {tensors['x'].device}.")
+
+
+def check_bias(bias: Tensor | None, outputs: int, dtypes: tuple) -> None:
+    if bias is None:
+        return
+    if bias.dtype not in dtypes:
+        raise TypeError(f"bias is {name_of(bias.dtype)}, expected {name_of(dtypes[0])} or float32.")
+    if bias.shape != (outputs,):
+        raise ValueError(f"bias has shape {list(bias.shape)}, expected [{outputs}].")
+
+
+def check_adapters(x, lora_A, lora_B, scaling, dropout, seed, outputs: int, inputs: int) -> None:
     counts = {"lora_B": len(lora_B), "scaling": len(scaling), "dropout": len(dropout)}
     for name, count in counts.items():
         if count != len(lora_A):
             raise ValueError(
                 f"{name} has {count} entries, but lora_A has {len(lora_A)}: one per adapter is wanted."
             )
-
     autocast = torch.is_autocast_enabled(x.device.type)
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x must be float32, bfloat16 or float16, got {_name(x.dtype)}.")
-    if weight.dtype != x.dtype and not (autocast and weight.dtype in DTYPES):
-        raise TypeError(f"weight is {_name(weight.dtype)}, but x is {_name(x.dtype)}: they must be the same.")
-    if x.dim() == 0:
-        raise ValueError("x must have at least one dimension, its last the input features.")
-    if weight.dim() != 2:
-        raise ValueError(f"weight must have 2 dimensions, got shape {list(weight.shape)}.")
-    outputs, inputs = reversed(weight.shape) if transposed else weight.shape
-    if x.shape[-1] != inputs:
-        raise ValueError(f"x has {x.shape[-1]} input features, but weight has {inputs}.")
-    if bias is not None:
-        if bias.dtype not in (x.dtype, weight.dtype, torch.float32):
-            raise TypeError(f"bias is {_name(bias.dtype)}, expected {_name(x.dtype)} or float32.")
-        if bias.shape != (outputs,):
-            raise ValueError(f"bias has shape {list(bias.shape)}, expected [{outputs}].")
     base_dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     for i, (A, B, s, p) in enumerate(zip(lora_A, lora_B, scaling, dropout)):
         if A.dtype not in (base_dtype, torch.float32):
-            raise TypeError(f"lora_A[{i}] is {_name(A.dtype)}, expected {_name(base_dtype)} or float32.")
+            raise TypeError(f"lora_A[{i}] is {name_of(A.dtype)}, expected {name_of(base_dtype)} or float32.")
         if B.dtype != A.dtype:
-            raise TypeError(f"lora_B[{i}] is {_name(B.dtype)}, but lora_A[{i}] is {_name(A.dtype)}.")
+            raise TypeError(f"lora_B[{i}] is {name_of(B.dtype)}, but lora_A[{i}] is {name_of(A.dtype)}.")
         if A.dim() != 2 or A.shape[0] == 0 or A.shape[1] != inputs:
             raise ValueError(
                 f"lora_A[{i}] has shape {list(A.shape)}, expected [rank, {inputs}] with a rank above 0."
@@ -153,11 +165,20 @@ def _check(x, weight, lora_A, lora_B, scaling, bias, dropout, transposed, seed) 
         if not 0 <= p < 1:
             raise ValueError(f"dropout[{i}] is {p}, expected a probability in [0, 1).")
     if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
-        raise ValueError(f"seed must be one int64 value, got {seed.numel()} of {_name(seed.dtype)}.")
+        raise ValueError(f"seed must be one int64 value, got {seed.numel()} of {name_of(seed.dtype)}.")
 
 
-def _name(of_torch: torch.dtype | torch.layout) -> str:
+def name_of(of_torch: torch.dtype | torch.layout) -> str:
     return str(of_torch).removeprefix("torch.")
+
+
+def scale_into_B(lora_B: list, scaling: list) -> tuple[list, list]:
+    """A scaling that is a tensor goes into B, so that its value is never read on the host."""
+    for i, s in enumerate(scaling):
+        if isinstance(s, Tensor):
+            lora_B = [B * s.to(B.dtype) if i == j else B for j, B in enumerate(lora_B)]
+            scaling = [1.0 if i == j else t for j, t in enumerate(scaling)]
+    return lora_B, scaling
 
 
 @torch.library.register_fake("peftfast::lora_linear")

@@ -16,6 +16,7 @@
 #include <new>
 #include <type_traits>
 
+#include "../../fourbit_format.h"
 #include "../../kernels.h"
 #include "../../philox.h"
 #include "../scratch.h"

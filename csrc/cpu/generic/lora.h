@@ -6,6 +6,7 @@
 #include "../scratch.h"
 #include "../table.h"
 #include "dropout.h"
+#include "fourbit.h"
 #include "gemm.h"
 
 namespace peftfast::cpu {
@@ -13,14 +14,20 @@ namespace {
 
 // A packed panel takes half of a 1 MiB L2: 512 KiB over 64 columns.
 constexpr int64_t panel_bytes = 512 * 1024;
-// With at most this many rows, packing a weight costs more than it saves.
-constexpr int64_t few_rows = 12;
 
-template <class S, class T>
-void widen(const T* x, int64_t count, float* out) {
+template <class S, class From, class To>
+void convert(const From* x, int64_t count, To* out) {
   int64_t i = 0;
   for (; i + S::width <= count; i += S::width) S::store(out + i, S::load(x + i));
-  for (; i < count; ++i) out[i] = to_float(x[i]);
+  for (; i < count; ++i) out[i] = from_float<To>(to_float(x[i]));
+}
+
+template <class S, class From>
+void convert(const void* x, int64_t count, DType to, void* out) {
+  if (to == DType::f32)
+    convert<S>(static_cast<const From*>(x), count, static_cast<float*>(out));
+  else
+    convert<S>(static_cast<const From*>(x), count, static_cast<bf16*>(out));
 }
 
 template <class S, class T>
@@ -70,7 +77,7 @@ void down(const DownArgs& args, int64_t row_begin, int64_t row_end) {
           ldx = args.ldx;
         } else {
           for (int64_t i = 0; i < rows; ++i) {
-            widen<S>(X + (m + i) * args.ldx + q, n, dropped + i * block);
+            convert<S>(X + (m + i) * args.ldx + q, n, dropped + i * block);
             if (segment.threshold) drop<S>(args.dropout, segment, (m + i) * args.Q + q, n, dropped + i * block);
           }
         }
@@ -96,8 +103,10 @@ class LinearPanel {
     const int64_t block_size = panel_bytes / panel_columns / (sizeof(Panel) * Mode::panel_rows) * Mode::unit;
     const int64_t blocks = std::max<int64_t>(1, (args_.Q + block_size - 1) / block_size);
     const int64_t block = std::max<int64_t>(64, ((args_.Q + blocks - 1) / blocks + 63) / 64 * 64);
-    const bool few = args_.M <= few_rows && args_.reduction_contiguous;
-    const bool straight = !args_.reduction_contiguous && args_.M <= S::tile_rows && columns_ == panel_columns;
+    // Few rows of a 4-bit weight are read as floats: others could not follow the precision of its decoded values.
+    const bool few = args_.M <= few_rows && args_.reduction_contiguous && (!args_.fourbit || std::is_same_v<T, float>);
+    const bool straight =
+        !args_.reduction_contiguous && !args_.fourbit && args_.M <= S::tile_rows && columns_ == panel_columns;
     const bool parked = blocks > 1 || few || straight;
     const int64_t rows = row_end - row_begin;
 
@@ -130,10 +139,7 @@ class LinearPanel {
     for (int64_t q = 0; q < std::max<int64_t>(1, args_.Q); q += block) {
       const int64_t n = std::min(block, args_.Q - q);
       const int64_t subpanel = (n + Mode::unit - 1) / Mode::unit * Mode::panel_rows * NR;
-      if (args_.reduction_contiguous)
-        pack_transposed<Mode>(W() + column_ * args_.ldw + q, args_.ldw, columns_, n, panel, subpanel);
-      else
-        pack_straight<Mode>(W() + q * args_.ldw + column_, args_.ldw, columns_, n, panel, subpanel);
+      pack(q, n, panel, subpanel);
       for_tiles(row_begin, row_end, [&](auto rows_of_tile, int64_t m, int64_t p) {
         tile<rows_of_tile.value>(m, p, panel + p / NR * subpanel, q, n, q == 0, q + n >= args_.Q);
       });
@@ -148,6 +154,17 @@ class LinearPanel {
 
   const T* X() const { return static_cast<const T*>(args_.X); }
   const T* W() const { return static_cast<const T*>(args_.W); }
+
+  void pack(int64_t q, int64_t n, Panel* panel, int64_t subpanel) {
+    if (args_.fourbit && args_.reduction_contiguous)
+      pack_fourbit_transposed<Mode>(*args_.fourbit, args_.Q, column_, columns_, q, n, panel, subpanel);
+    else if (args_.fourbit)
+      pack_fourbit_straight<Mode>(*args_.fourbit, args_.P, column_, columns_, q, n, panel, subpanel);
+    else if (args_.reduction_contiguous)
+      pack_transposed<Mode>(W() + column_ * args_.ldw + q, args_.ldw, columns_, n, panel, subpanel);
+    else
+      pack_straight<Mode>(W() + q * args_.ldw + column_, args_.ldw, columns_, n, panel, subpanel);
+  }
 
   template <class F>
   PEFTFAST_INLINE void for_tiles(int64_t row_begin, int64_t row_end, F f) {
@@ -175,6 +192,11 @@ class LinearPanel {
       multiply_add<Mode, rows>(c, x, args_.ldx, 1, panel, NR, n);
     if (!last) {
       store_tile<S, rows>(c, parked, panel_columns);
+      return;
+    }
+    if (args_.out != dtype_of<T>) {
+      store_tile<S, rows>(c, before_, NR);
+      for (int i = 0; i < rows; ++i) store_columns(before_ + i * NR, m + i, p, std::min(NR, columns_ - p));
       return;
     }
     T* Y = static_cast<T*>(args_.Y) + m * args_.P + column_ + p;
@@ -238,6 +260,12 @@ class LinearPanel {
 
   // Few rows, reduction contiguous: nothing is packed. Eight rows of W stay in L1 and L2 while all rows of X meet them.
   void dot_products(int64_t row_begin, int64_t row_end) {
+    if constexpr (std::is_same_v<T, float>)
+      if (args_.fourbit) {
+        dot_rows_fourbit<S>(X() + row_begin * args_.ldx, args_.ldx, row_end - row_begin, *args_.fourbit, column_,
+                            columns_, args_.Q, parked_, panel_columns);
+        return;
+      }
     for (int64_t p = 0; p < columns_; p += 8)
       for (int64_t m = row_begin; m < row_end; m += S::tile_rows)
         dot_rows<S, T>(X() + m * args_.ldx, args_.ldx, std::min<int64_t>(S::tile_rows, row_end - m),
@@ -249,7 +277,7 @@ class LinearPanel {
   void straight_products(int64_t row_begin, int64_t row_end, float* workspace) {
     using Straight = Widened<S, float, T>;
     for (int64_t m = row_begin; m < row_end; ++m)
-      widen<S>(X() + m * args_.ldx, args_.Q, workspace + (m - row_begin) * args_.Q);
+      convert<S>(X() + m * args_.ldx, args_.Q, workspace + (m - row_begin) * args_.Q);
     with_rows<S::tile_rows>(row_end - row_begin, [&](auto n) {
       for (int64_t p = 0; p < columns_; p += NR) {
         Accumulators<S, n.value> c;
@@ -260,14 +288,23 @@ class LinearPanel {
     });
   }
 
-  void store_row(int64_t m) {
-    const float* parked = parked_ + (m - row_begin_) * panel_columns;
-    T* Y = static_cast<T*>(args_.Y) + m * args_.P + column_;
-    for (int64_t p = 0; p < columns_; p += S::width) {
-      if (p + S::width <= columns_)
-        S::store(Y + p, S::load(parked + p));
+  void store_row(int64_t m) { store_columns(parked_ + (m - row_begin_) * panel_columns, m, 0, columns_); }
+
+  // `count` elements of Y's row m from column p of the panel on; `values` may be read to the end of a vector.
+  void store_columns(const float* values, int64_t m, int64_t p, int64_t count) {
+    const int64_t first = m * args_.P + column_ + p;
+    if (args_.out == DType::f32) store_columns_as(values, count, static_cast<float*>(args_.Y) + first);
+    if (args_.out == DType::bf16) store_columns_as(values, count, static_cast<bf16*>(args_.Y) + first);
+    if (args_.out == DType::f16) store_columns_as(values, count, static_cast<f16*>(args_.Y) + first);
+  }
+
+  template <class Out>
+  PEFTFAST_INLINE void store_columns_as(const float* values, int64_t count, Out* out) {
+    for (int64_t p = 0; p < count; p += S::width) {
+      if (p + S::width <= count)
+        S::store(out + p, S::load(values + p));
       else
-        store_first<S>(Y + p, S::load(parked + p), columns_ - p);
+        store_first<S>(out + p, S::load(values + p), count - p);
     }
   }
 
@@ -366,10 +403,14 @@ double flops_of_loop(int64_t iterations) {
 template <class S>
 constexpr Table make_table() {
   return {
+      S::has_bf16_dot,
       {transpose<S, float>, transpose<S, bf16>, transpose<S, f16>},
       {down<S, float>, down<S, bf16>, down<S, f16>},
       {linear<S, float>, linear<S, bf16>, linear<S, f16>},
       {outer<S, float>, outer<S, bf16>, outer<S, f16>},
+      {convert<S, float>, convert<S, bf16>, convert<S, f16>},
+      {fourbit_quantize<S, float>, fourbit_quantize<S, bf16>, fourbit_quantize<S, f16>},
+      {fourbit_dequantize<S, float>, fourbit_dequantize<S, bf16>, fourbit_dequantize<S, f16>},
       {flops_of_loop<S, float>, flops_of_loop<S, bf16>, flops_of_loop<S, f16>},
   };
 }

@@ -1,0 +1,256 @@
+// The micro-kernels of the fourbit family: values to codes and back, and a 4-bit weight as the panel of a product.
+//
+// A panel of 64 columns is decoded from the packed bytes straight into the layout of generic/gemm.h:
+//
+//   forward    rows of W are columns of the panel. A word holds 8 codes of one row; a square of words is transposed in
+//              registers, so that a vector holds the same 8 columns of `width` rows, and each code is shifted to the
+//              low bits and looked up
+//   backward   rows of W are rows of the panel: `width` codes of a row are `width` lanes
+//
+// code * absmax is computed in fp32 and rounded once, when the panel is 16 bits wide; an fp32 panel keeps it as it is.
+#pragma once
+
+#include "../../fourbit_format.h"
+#include "../scratch.h"
+#include "../table.h"
+#include "gemm.h"
+
+namespace peftfast::cpu {
+namespace {
+
+// Block sizes are powers of two: a block is found by a shift.
+class AbsmaxReader {
+ public:
+  explicit AbsmaxReader(const FourBitMatrix& W)
+      : W_(W), shift_(__builtin_ctzll(W.blocksize)), nested_shift_(W.absmax ? 0 : __builtin_ctzll(W.nested_blocksize)) {}
+
+  PEFTFAST_INLINE int64_t block_of(int64_t element) const { return element >> shift_; }
+  PEFTFAST_INLINE int64_t first_of(int64_t block) const { return block << shift_; }
+
+  PEFTFAST_INLINE float operator()(int64_t block) const {
+    if (W_.absmax != nullptr) return W_.absmax[block];
+    const float scaled = W_.nested_code[W_.absmax_codes[block]] * W_.nested_absmax[block >> nested_shift_];
+    return scaled + *W_.nested_offset;
+  }
+
+ private:
+  const FourBitMatrix& W_;
+  const int shift_, nested_shift_;
+};
+
+PEFTFAST_INLINE int code_at(const uint8_t* packed, int64_t element) {
+  return element % 2 ? packed[element / 2] & 15 : packed[element / 2] >> 4;
+}
+
+// out[i] = element first + i, for i < count.
+template <class S, class T>
+void decode_run(const FourBitMatrix& W, const AbsmaxReader& absmax, int64_t first, int64_t count, T* out) {
+  const float* values = fourbit::codebook_of(W.type);
+  const auto codebook = S::codebook(values);
+  for (int64_t e = first; e < first + count;) {
+    const int64_t block = absmax.block_of(e), end = std::min(first + count, absmax.first_of(block + 1));
+    const float scale = absmax(block);
+    const auto one = [&] { out[e - first] = from_float<T>(values[code_at(W.packed, e)] * scale), ++e; };
+    if constexpr (S::width > 1) {
+      if (e % 2) one();
+      const typename S::F scales = S::set1(scale);
+      for (; e + S::width <= end; e += S::width)
+        S::store(out + e - first, S::mul(S::decode(codebook, S::consecutive_codes(W.packed + e / 2)), scales));
+    }
+    while (e < end) one();
+  }
+}
+
+// Elements first ... first + n - 1 in the first lanes, n <= width; what the other lanes hold is not said.
+template <class S, class Codebook>
+PEFTFAST_INLINE typename S::F decode_vector(const FourBitMatrix& W, const AbsmaxReader& absmax,
+                                            const Codebook& codebook, int64_t first, int64_t n) {
+  if constexpr (S::width > 1) {
+    const int64_t block = absmax.block_of(first);
+    if (n == S::width && first % 2 == 0 && absmax.block_of(first + S::width - 1) == block)
+      return S::mul(S::decode(codebook, S::consecutive_codes(W.packed + first / 2)), S::set1(absmax(block)));
+  }
+  float values[S::width] = {};
+  decode_run<S>(W, absmax, first, n, values);
+  return S::load(values);
+}
+
+// A panel from W [P, K] with the reduction along its rows: columns `column` ... of the panel are rows of W, and the
+// reduction runs from q over Q elements.
+template <class Mode>
+void pack_fourbit_transposed(const FourBitMatrix& W, int64_t K, int64_t column, int64_t columns, int64_t q, int64_t Q,
+                             typename Mode::Panel* panel, int64_t subpanel_size) {
+  using S = typename Mode::S;
+  constexpr bool pairs = std::is_same_v<typename Mode::Panel, uint32_t>;
+  constexpr int64_t NR = tile_columns<S>;
+  constexpr int codes = 8;  // in a word
+  const AbsmaxReader absmax(W);
+  thread_local Scratch scratch;
+
+  if (K % codes != 0) {  // words would straddle rows: decode rows, then pack them as dense ones
+    using T = std::conditional_t<pairs, bf16, float>;
+    T* rows = reinterpret_cast<T*>(scratch.floats(NR * Q));
+    for (int64_t p = 0; p < columns; p += NR) {
+      const int64_t n = std::min(NR, columns - p);
+      for (int64_t i = 0; i < n; ++i) decode_run<S>(W, absmax, (column + p + i) * K + q, Q, rows + i * Q);
+      pack_transposed<Mode>(rows, Q, n, Q, panel + p / NR * subpanel_size, subpanel_size);
+    }
+    return;
+  }
+
+  const auto codebook = S::codebook(fourbit::codebook_of(W.type));
+  // Reduction elements that share a scale: a block where blocks start with the rows, else one word.
+  const int64_t span = K % W.blocksize == 0 ? W.blocksize : codes;
+  const int64_t first_span = q / span, spans = (q + Q - 1) / span - first_span + 1, words = Q / codes;
+  float* scales = scratch.floats(spans * S::width);
+  for (int64_t p = 0; p < (columns + NR - 1) / NR * NR; p += S::width) {
+    for (int i = 0; i < S::width; ++i)
+      for (int64_t s = 0; s < spans; ++s)
+        scales[s * S::width + i] =
+            p + i < columns ? absmax(absmax.block_of((column + p + i) * K + (first_span + s) * span)) : 0.0f;
+    typename Mode::Panel* out = panel + p / NR * subpanel_size + p % NR;
+    for (int64_t word = 0; word < words; word += S::width) {
+      const int64_t n = std::min<int64_t>(S::width, words - word);
+      typename S::U block[S::width];
+      for (int i = 0; i < S::width; ++i) {
+        const uint8_t* source = W.packed + ((column + p + i) * K + q) / 2 + word * 4;
+        if (p + i >= columns) {
+          block[i] = S::words(0);
+        } else if (n == S::width) {
+          block[i] = S::load_words(source);
+        } else {
+          uint32_t part[S::width] = {};
+          std::memcpy(part, source, n * 4);
+          block[i] = S::load_words(part);
+        }
+      }
+      S::transpose(block);
+      for (int64_t j = 0; j < n; ++j) {
+        const int64_t element = (word + j) * codes;
+        const typename S::F scale = S::load(scales + ((q + element) / span - first_span) * S::width);
+        const auto pair = [&](auto byte) __attribute__((always_inline)) {  // the first of two is in the high half
+          const auto first = S::mul(S::decode(codebook, S::template shift_right<8 * byte.value + 4>(block[j])), scale);
+          const auto second = S::mul(S::decode(codebook, S::template shift_right<8 * byte.value>(block[j])), scale);
+          if constexpr (pairs) {
+            S::store_pairs(out + (element / 2 + byte.value) * NR, S::round_pairs(first, second));
+          } else {
+            S::store(out + (element + 2 * byte.value) * NR, first);
+            S::store(out + (element + 2 * byte.value + 1) * NR, second);
+          }
+        };
+        pair(std::integral_constant<int, 0>{}), pair(std::integral_constant<int, 1>{});
+        pair(std::integral_constant<int, 2>{}), pair(std::integral_constant<int, 3>{});
+      }
+    }
+  }
+}
+
+// A panel from W [N, P] with the reduction down its columns, from row q over Q rows.
+template <class Mode>
+void pack_fourbit_straight(const FourBitMatrix& W, int64_t P, int64_t column, int64_t columns, int64_t q, int64_t Q,
+                           typename Mode::Panel* panel, int64_t subpanel_size) {
+  using S = typename Mode::S;
+  constexpr bool pairs = std::is_same_v<typename Mode::Panel, uint32_t>;
+  constexpr int64_t NR = tile_columns<S>, per_row = pairs ? 2 : 1;  // rows of W in one row of the panel
+  const AbsmaxReader absmax(W);
+  const auto codebook = S::codebook(fourbit::codebook_of(W.type));
+  const int64_t padded = (Q + Mode::unit - 1) / Mode::unit * Mode::unit;
+  for (int64_t r = 0; r < padded; r += per_row) {
+    __builtin_prefetch(W.packed + ((q + std::min(r + rows_ahead, Q - 1)) * P + column) / 2);
+    for (int64_t p = 0; p < (columns + NR - 1) / NR * NR; p += S::width) {
+      const int64_t n = std::clamp<int64_t>(columns - p, 0, S::width);
+      const auto row = [&](int64_t i) __attribute__((always_inline)) {
+        if (r + i >= Q || n == 0) return S::zero();
+        return decode_vector<S>(W, absmax, codebook, (q + r + i) * P + column + p, n);
+      };
+      auto* out = panel + p / NR * subpanel_size + r / per_row * NR + p % NR;
+      if constexpr (pairs)
+        S::store_pairs(out, S::round_pairs(row(0), row(1)));
+      else
+        S::store(out, row(0));
+    }
+  }
+}
+
+// out[i, j] += x[i] . row j of W, for the rows of W from `row` on, of which a block is decoded into L1 at a time.
+template <class S>
+void dot_rows_fourbit(const float* x, int64_t ldx, int64_t rows, const FourBitMatrix& W, int64_t row, int64_t columns,
+                      int64_t Q, float* out, int64_t ldo) {
+  constexpr int64_t at_once = 4, block = 1024;
+  alignas(64) float weights[at_once * block];
+  const AbsmaxReader absmax(W);
+  for (int64_t j = 0; j < columns; j += at_once) {
+    const int64_t n = std::min(at_once, columns - j);
+    for (int64_t q = 0; q < Q; q += block) {
+      const int64_t length = std::min(block, Q - q);
+      for (int64_t i = 0; i < n; ++i) decode_run<S>(W, absmax, (row + j + i) * Q + q, length, weights + i * block);
+      for (int64_t m = 0; m < rows; m += S::tile_rows)
+        dot_rows<S, float>(x + m * ldx + q, ldx, std::min<int64_t>(S::tile_rows, rows - m), weights, block, n, length,
+                           out + m * ldo + j, ldo);
+    }
+  }
+}
+
+// ---- values to codes -------------------------------------------------------------------------------------------------
+
+// Codes of the blocks [begin, end).
+template <class S, class T>
+void fourbit_quantize(const FourBitQuantizeArgs& args, int64_t begin, int64_t end) {
+  constexpr int64_t strip = 64;
+  const T* W = static_cast<const T*>(args.W);
+  const uint8_t* order = fourbit::order_of(args.type);
+  typename S::F bounds[15];
+  for (int i = 0; i < 15; ++i) bounds[i] = S::set1(fourbit::bound(args.type, i));
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * args.blocksize, count = std::min(args.blocksize, args.count - first);
+    const bool whole = count == args.blocksize;
+
+    // The largest magnitude as bits: an infinity or a NaN wins.
+    typename S::U largest = S::words(0);
+    int64_t i = 0;
+    for (; i + S::width <= count; i += S::width) largest = S::max(largest, S::magnitude(S::load(W + first + i)));
+    uint32_t lanes[S::width];
+    S::store_words(lanes, largest);
+    uint32_t bits = *std::max_element(lanes, lanes + S::width);
+    for (; i < count; ++i) bits = std::max(bits, bit_cast<uint32_t>(to_float(W[first + i])) & 0x7fffffffu);
+    float absmax = bit_cast<float>(bits);
+    const float divisor = absmax < fourbit::smallest_absmax ? fourbit::smallest_absmax : absmax;
+    // bitsandbytes divides in a block that is not full, and keeps the divisor; others are multiplied by the inverse.
+    if (!whole) absmax = divisor;
+    args.absmax[block] = absmax;
+
+    const float inverse = 1.0f / divisor;
+    for (int64_t s = 0; s < count; s += strip) {
+      const int64_t n = std::min(strip, count - s);
+      float values[strip] = {};
+      uint32_t codes[strip];
+      for (int64_t j = 0; j < n; j += S::width) {
+        if (whole) {
+          const auto scaled = S::mul(S::load(W + first + s + j), S::set1(inverse));
+          S::store(values + j, scaled);
+        } else {
+          for (int64_t k = j; k < std::min<int64_t>(n, j + S::width); ++k)
+            values[k] = to_float(W[first + s + k]) / divisor;
+        }
+      }
+      for (int64_t j = 0; j < strip; j += S::width) {
+        typename S::U code = S::words(0);
+        const typename S::F value = S::load(values + j);
+        for (int k = 0; k < 15; ++k) code = S::count_above(code, value, bounds[k]);
+        S::store_words(codes + j, code);
+      }
+      if (args.type == FourBitType::fp4)
+        for (uint32_t& code : codes) code = order[code];
+      uint8_t* out = args.packed + (first + s) / 2;
+      for (int64_t j = 0; j < (n + 1) / 2; ++j) out[j] = static_cast<uint8_t>(codes[2 * j] << 4 | codes[2 * j + 1]);
+    }
+  }
+}
+
+template <class S, class T>
+void fourbit_dequantize(const FourBitDequantizeArgs& args, int64_t begin, int64_t end) {
+  decode_run<S>(args.W, AbsmaxReader(args.W), begin, end - begin, static_cast<T*>(args.out) + begin);
+}
+
+}  // namespace
+}  // namespace peftfast::cpu
