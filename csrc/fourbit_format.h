@@ -4,8 +4,8 @@
 //   magnitude in it, absmax; an element is the code whose value is nearest to element / absmax. Element 2i is the high
 //   half of byte i, element 2i + 1 the low half.
 //
-// NF4 is Dettmers et al., QLoRA (NeurIPS 2023). FP4 is a sign, two bits of exponent and one of fraction over 12. A value on
-// the boundary between two codes takes the lower one.
+// NF4 is Dettmers et al., QLoRA (NeurIPS 2023). FP4 is a sign, two bits of exponent and one of fraction over 12. A
+// value on the boundary between two codes takes the lower one.
 #pragma once
 
 #include <cstdint>

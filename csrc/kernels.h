@@ -47,8 +47,9 @@ struct FourBitMatrix {
   FourBitType type;
   const uint8_t* packed;  // [(elements + 1) / 2]
   int64_t blocksize;
-  const float* absmax;  // [blocks]; null: nested, absmax[b] = nested_code[codes[b]] * nested_absmax[b / nested_blocksize]
-                        // + *nested_offset
+  const float*
+      absmax;  // [blocks]; null: nested, absmax[b] = nested_code[codes[b]] * nested_absmax[b / nested_blocksize]
+               // + *nested_offset
   const uint8_t* absmax_codes;  // [blocks]
   const float* nested_absmax;   // [ceil(blocks / nested_blocksize)]
   const float* nested_code;     // [256]
@@ -62,8 +63,8 @@ struct BaseWeight {
   int64_t ld;
   bool transposed;
   FourBitMatrix fourbit;
-  DType compute;  // of a base product with a 4-bit weight: f32, whatever the dtype of X; or 16 bits, to which W is rounded
-                  // and, when it is f32, X (unless the instruction set gains nothing by it)
+  DType compute;  // of a base product with a 4-bit weight: f32, whatever the dtype of X; or 16 bits, to which W is
+                  // rounded and, when it is f32, X (unless the instruction set gains nothing by it)
 };
 
 // Y = X W^T + bias + sum over adapters of scaling * dropout(X) A^T B^T

@@ -111,8 +111,8 @@ void down(const DownArgs& args, DType dtype, int64_t M, const Threads& threads) 
   });
 }
 
-// The dtype that X and a 4-bit weight are multiplied in. fp32 is never less accurate, and costs nothing more where there is
-// no instruction for 16 bits; few rows are bound by the reading of the weight.
+// The dtype that X and a 4-bit weight are multiplied in. fp32 is never less accurate, and costs nothing more where
+// there is no instruction for 16 bits; few rows are bound by the reading of the weight.
 DType product_dtype(const LinearArgs& args, DType dtype, DType wanted) {
   if (args.M <= few_rows && args.reduction_contiguous) return DType::f32;
   if (wanted == dtype) return dtype;
@@ -122,6 +122,7 @@ DType product_dtype(const LinearArgs& args, DType dtype, DType wanted) {
 void linear(LinearArgs args, DType dtype, const BaseWeight& W, const Threads& threads) {
   if (W.dense == nullptr) {
     args.fourbit = &W.fourbit;
+    args.bf16_codes = W.compute == DType::bf16;
     const DType product = product_dtype(args, dtype, W.compute);
     if (product != dtype) {
       thread_local Scratch scratch;
@@ -133,6 +134,15 @@ void linear(LinearArgs args, DType dtype, const BaseWeight& W, const Threads& th
                                                    args.Q, product, converted + m * row_size);
       });
       args.X = converted, args.ldx = args.Q, dtype = product;
+    }
+    const int64_t arranged_size = table().arranged_size(args.Q);
+    if (args.M <= few_rows && args.reduction_contiguous && arranged_size > 0) {
+      thread_local Scratch scratch;
+      float* arranged = scratch.floats(args.M * arranged_size);
+      for (int64_t m = 0; m < args.M; ++m)
+        table().arrange(static_cast<const float*>(args.X) + m * args.ldx, args.Q, args.bf16_codes,
+                        arranged + m * arranged_size);
+      args.X = arranged, args.ldx = arranged_size;
     }
   }
   const int64_t panels = (args.P + panel_columns - 1) / panel_columns;
@@ -185,7 +195,7 @@ void lora_linear(const LoraLinearArgs& args, const Threads& threads) {
   down({args.X, args.ldx, args.K, adapters.A(threads), adapters.dropped_scale(), R, adapters.dropout(), args.U},
        args.dtype, args.M, threads);
   linear({args.M, args.N, args.K, args.X, args.ldx, args.W.dense, args.W.ld, !args.W.transposed, nullptr, args.bias,
-          args.U, adapters.B_transposed(threads), R, adapters.no_dropout(), args.Y, args.dtype},
+          args.U, adapters.B_transposed(threads), R, adapters.no_dropout(), args.Y, args.dtype, false},
          args.dtype, args.W, threads);
 }
 
@@ -206,7 +216,7 @@ void lora_linear_backward(const LoraLinearBackwardArgs& args, const Threads& thr
   }
   if (args.dX != nullptr)
     linear({M, K, N, args.G, args.ldg, args.W.dense, args.W.ld, args.W.transposed, nullptr, nullptr, V,
-            adapters.A(threads), R, adapters.dropout(), args.dX, args.dtype},
+            adapters.A(threads), R, adapters.dropout(), args.dX, args.dtype, false},
            args.dtype, args.W, threads);
   const auto gradient = [&](const OuterArgs& outer_args, bool of_A) {
     outer(outer_args, args.dtype, threads);

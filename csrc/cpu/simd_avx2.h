@@ -96,6 +96,42 @@ struct Avx2 {
     std::memcpy(&bits, p, sizeof(bits));
     return _mm256_srlv_epi32(_mm256_set1_epi32(bits), _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24));
   }
+  // 64 codes at once, 8 vectors of them. Each byte of a float is looked up for 32 codes in one shuffle, then bytes are
+  // put together; values of bf16 have but two, which costs half the shuffles. chunk_element() says which of the 64 a
+  // lane gets.
+  template <bool bf16_codes>
+  struct ChunkCodebook {
+    U bytes[4];
+  };
+  template <bool bf16_codes>
+  PEFTFAST_INLINE static ChunkCodebook<bf16_codes> chunk_codebook(const float* values) {
+    ChunkCodebook<bf16_codes> book;
+    for (int b = 0; b < 4; ++b) {
+      uint8_t plane[16];
+      for (int i = 0; i < 16; ++i) {
+        const float value = bf16_codes ? to_float(from_float<bf16>(values[i])) : values[i];
+        plane[i] = static_cast<uint8_t>(bit_cast<uint32_t>(value) >> (8 * b));
+      }
+      book.bytes[b] = _mm256_broadcastsi128_si256(load_half(plane));
+    }
+    return book;
+  }
+  template <bool bf16_codes>
+  PEFTFAST_INLINE static void decode_chunk(const ChunkCodebook<bf16_codes>& book, const uint8_t* p, F (&out)[8]) {
+    const U both = load_words(p), low_bits = _mm256_set1_epi8(15);
+    decode_32(book, _mm256_and_si256(_mm256_srli_epi16(both, 4), low_bits), out);
+    decode_32(book, _mm256_and_si256(both, low_bits), out + 4);
+  }
+  template <bool bf16_codes>
+  static constexpr int chunk_element(int vector, int lane) {
+    const int half = lane / 4 * 16, v = vector % 4, place = lane % 4;  // of the byte: 16 to each half of the lanes
+    const int byte = half + (bf16_codes ? v / 2 * 8 + 2 * place + v % 2 : 4 * v + place);
+    return 2 * byte + vector / 4;
+  }
+  // Of a chunk's lanes, from one scale for each 32 elements.
+  PEFTFAST_INLINE static F chunk_scales(const float* scales) {
+    return _mm256_set_m128(_mm_broadcast_ss(scales + 1), _mm_broadcast_ss(scales));
+  }
   PEFTFAST_INLINE static U count_above(U count, F x, F bound) {
     return _mm256_sub_epi32(count, _mm256_castps_si256(_mm256_cmp_ps(x, bound, _CMP_GT_OQ)));
   }
@@ -137,6 +173,25 @@ struct Avx2 {
     int32_t bits;
     std::memcpy(&bits, pair, sizeof(bits));
     return _mm256_set1_epi32(bits);
+  }
+  PEFTFAST_INLINE static void decode_32(const ChunkCodebook<false>& book, U codes, F* out) {
+    U byte[4];
+    for (int b = 0; b < 4; ++b) byte[b] = _mm256_shuffle_epi8(book.bytes[b], codes);
+    const U low0 = _mm256_unpacklo_epi8(byte[0], byte[1]), high0 = _mm256_unpacklo_epi8(byte[2], byte[3]);
+    const U low1 = _mm256_unpackhi_epi8(byte[0], byte[1]), high1 = _mm256_unpackhi_epi8(byte[2], byte[3]);
+    out[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low0, high0));
+    out[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low0, high0));
+    out[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low1, high1));
+    out[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low1, high1));
+  }
+  PEFTFAST_INLINE static void decode_32(const ChunkCodebook<true>& book, U codes, F* out) {
+    const U byte2 = _mm256_shuffle_epi8(book.bytes[2], codes), byte3 = _mm256_shuffle_epi8(book.bytes[3], codes);
+    const U low = _mm256_unpacklo_epi8(byte2, byte3), high = _mm256_unpackhi_epi8(byte2, byte3);
+    const U second = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+    out[0] = _mm256_castsi256_ps(_mm256_slli_epi32(low, 16)),
+    out[1] = _mm256_castsi256_ps(_mm256_and_si256(low, second));
+    out[2] = _mm256_castsi256_ps(_mm256_slli_epi32(high, 16));
+    out[3] = _mm256_castsi256_ps(_mm256_and_si256(high, second));
   }
   PEFTFAST_INLINE static __m128i load_half(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
   PEFTFAST_INLINE static void store_half(void* p, __m128i x) { _mm_storeu_si128(static_cast<__m128i*>(p), x); }

@@ -95,6 +95,28 @@ struct Avx512 {
     const U both = _mm512_inserti64x4(_mm512_set1_epi32(bits[0]), _mm256_set1_epi32(bits[1]), 1);
     return _mm512_srlv_epi32(both, _mm512_set_epi32(24, 28, 16, 20, 8, 12, 0, 4, 24, 28, 16, 20, 8, 12, 0, 4));
   }
+  // 128 codes at once, 8 vectors of them: a lane of each holds the codes of one word.
+  template <bool>
+  using ChunkCodebook = F;
+  template <bool>
+  PEFTFAST_INLINE static F chunk_codebook(const float* values) {
+    return load(values);
+  }
+  PEFTFAST_INLINE static void decode_chunk(const F& book, const uint8_t* p, F (&out)[8]) {
+    const U words = load_words(p);
+    out[0] = decode(book, shift_right<4>(words)), out[1] = decode(book, words);
+    out[2] = decode(book, shift_right<12>(words)), out[3] = decode(book, shift_right<8>(words));
+    out[4] = decode(book, shift_right<20>(words)), out[5] = decode(book, shift_right<16>(words));
+    out[6] = decode(book, shift_right<28>(words)), out[7] = decode(book, shift_right<24>(words));
+  }
+  template <bool>
+  static constexpr int chunk_element(int vector, int lane) {
+    return 8 * lane + vector;
+  }
+  PEFTFAST_INLINE static F chunk_scales(const float* scales) {
+    const U place = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    return _mm512_permutexvar_ps(place, _mm512_castps128_ps512(_mm_loadu_ps(scales)));
+  }
   PEFTFAST_INLINE static U count_above(U count, F x, F bound) {
     return _mm512_mask_add_epi32(count, _mm512_cmp_ps_mask(x, bound, _CMP_GT_OQ), count, _mm512_set1_epi32(1));
   }

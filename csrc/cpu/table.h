@@ -58,13 +58,14 @@ struct LinearArgs {
   int64_t ldw;
   bool reduction_contiguous;
   const FourBitMatrix* fourbit;  // stands for W when not null; its rows follow one another: ldw does not count
-  const float* bias;  // [P] or null
-  const float* U;     // [M, R]
-  const float* L;     // [R, P]
+  const float* bias;             // [P] or null
+  const float* U;                // [M, R]
+  const float* L;                // [R, P]
   int64_t R;
   Dropout dropout;  // of U L; its masks are those of an [M, P] matrix
   void* Y;          // [M, P]
   DType out;        // of Y; X may be in another one
+  bool bf16_codes;  // few rows: the values that 4-bit codes stand for may be rounded to bf16
 };
 
 // D = V^T dropout(X), for the panel of columns that starts at `column`. Each segment writes to its own gradient.
@@ -85,6 +86,10 @@ struct Table {
   void (*linear[dtype_count])(const LinearArgs& args, int64_t column, int64_t row_begin, int64_t row_end);
   void (*outer[dtype_count])(const OuterArgs& args, int64_t column);
   void (*convert[dtype_count])(const void* x, int64_t count, DType to, void* out);  // to f32 or bf16
+  // Whether few rows of X must be arranged before they meet a 4-bit W with Q columns, and the arranging of one: [Q] to
+  // [arranged_size(Q)].
+  int64_t (*arranged_size)(int64_t Q);  // 0: they are taken as they are
+  void (*arrange)(const float* x, int64_t Q, bool bf16_codes, float* out);
   void (*fourbit_quantize[dtype_count])(const FourBitQuantizeArgs& args, int64_t block_begin, int64_t block_end);
   void (*fourbit_dequantize[dtype_count])(const FourBitDequantizeArgs& args, int64_t begin, int64_t end);
   double (*flops_of_loop[dtype_count])(int64_t iterations);  // runs the loop and returns the FLOP it did

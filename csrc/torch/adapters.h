@@ -79,8 +79,8 @@ class Bias {
     STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == N, "bias has shape ", shape_text(*bias),
                     ", expected [", N, "] on the CPU.");
     dtype_of(*bias, "bias");
-    fp32_ = as_contiguous(bias->scalar_type() == ScalarType::Float ? *bias
-                                                                  : torch::stable::to(*bias, ScalarType::Float));
+    fp32_ =
+        as_contiguous(bias->scalar_type() == ScalarType::Float ? *bias : torch::stable::to(*bias, ScalarType::Float));
   }
 
   const float* data() const { return fp32_ ? static_cast<const float*>(fp32_->const_data_ptr()) : nullptr; }

@@ -131,10 +131,19 @@ std::tuple<Tensor, Tensor> fourbit_linear_cpu(const Tensor& x, const Tensor& pac
   const int64_t* seed_data = seed_of(seed, adapters.any_dropout);
   const Tensor X = with_contiguous_rows(x);
   Tensor y = empty({M, N}, x.scalar_type()), u = empty({M, adapters.rank}, ScalarType::Float);
-  cpu::lora_linear({M, N, K, dtype, X.const_data_ptr(), leading_dimension(X),
-                    {nullptr, 0, false, W, named_dtype(compute_dtype, "compute_dtype")}, bias32.data(),
-                    adapters.plain.data(), static_cast<int>(adapters.plain.size()), seed_data,
-                    static_cast<float*>(u.mutable_data_ptr()), y.mutable_data_ptr()},
+  cpu::lora_linear({M,
+                    N,
+                    K,
+                    dtype,
+                    X.const_data_ptr(),
+                    leading_dimension(X),
+                    {nullptr, 0, false, W, named_dtype(compute_dtype, "compute_dtype")},
+                    bias32.data(),
+                    adapters.plain.data(),
+                    static_cast<int>(adapters.plain.size()),
+                    seed_data,
+                    static_cast<float*>(u.mutable_data_ptr()),
+                    y.mutable_data_ptr()},
                    torch_threads());
   return {y, u};
 }
@@ -163,10 +172,18 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fourbit_linear_back
   const Tensor G = with_contiguous_rows(grad_y), X = any_of(want_A) ? with_contiguous_rows(x) : x;
   Tensor grad_x = empty({want_x ? M : 0, K}, x.scalar_type());
   const Gradients grads(adapters, want_A, want_B, N, K);
-  cpu::lora_linear_backward({M, N, K, dtype, G.const_data_ptr(), leading_dimension(G), X.const_data_ptr(),
+  cpu::lora_linear_backward({M,
+                             N,
+                             K,
+                             dtype,
+                             G.const_data_ptr(),
+                             leading_dimension(G),
+                             X.const_data_ptr(),
                              leading_dimension(X),
                              {nullptr, 0, false, W, named_dtype(compute_dtype, "compute_dtype")},
-                             adapters.plain.data(), static_cast<int>(adapters.plain.size()), seed_data,
+                             adapters.plain.data(),
+                             static_cast<int>(adapters.plain.size()),
+                             seed_data,
                              static_cast<const float*>(u.const_data_ptr()),
                              want_x ? grad_x.mutable_data_ptr() : nullptr},
                             torch_threads());

@@ -78,9 +78,8 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_linear_backwar
   const Gradients grads(adapters, want_A, want_B, base.N, base.K);
   cpu::lora_linear_backward(
       {M, base.N, base.K, dtype, G.const_data_ptr(), leading_dimension(G), X.const_data_ptr(), leading_dimension(X),
-       base.plain(), adapters.plain.data(),
-       static_cast<int>(adapters.plain.size()), seed_data, static_cast<const float*>(u.const_data_ptr()),
-       want_x ? grad_x.mutable_data_ptr() : nullptr},
+       base.plain(), adapters.plain.data(), static_cast<int>(adapters.plain.size()), seed_data,
+       static_cast<const float*>(u.const_data_ptr()), want_x ? grad_x.mutable_data_ptr() : nullptr},
       torch_threads());
   return {grad_x, grads.A, grads.B};
 }

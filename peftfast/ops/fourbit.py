@@ -76,7 +76,9 @@ def fourbit_quantize(
         offset, code = quantized.absmax.mean(), _dynamic_code().clone()
         codes, nested_absmax = QUANTIZE_ABSMAX(quantized.absmax, offset, code, NESTED_BLOCKSIZE)
         how = NestedAbsmax(nested_absmax, code, offset)
-        quantized = FourBitWeight(packed, codes, tuple(weight.shape), weight.dtype, quant_type, blocksize, how)
+        quantized = FourBitWeight(
+            packed, codes, tuple(weight.shape), weight.dtype, quant_type, blocksize, how
+        )
     return quantized
 
 
@@ -147,7 +149,9 @@ def check_weight(weight: FourBitWeight, name: str = "weight") -> None:
                 f"in blocks of {weight.blocksize}."
             )
         if tensor.device != weight.packed.device:
-            raise ValueError(f"{name}: {part} is on {tensor.device}, but packed is on {weight.packed.device}.")
+            raise ValueError(
+                f"{name}: {part} is on {tensor.device}, but packed is on {weight.packed.device}."
+            )
 
 
 # ---- the linear layer -----------------------------------------------------------------------------------
@@ -261,7 +265,16 @@ class _FourBitLinear(torch.autograd.Function):
         parts = (packed, absmax, nested_absmax, nested_code, nested_offset, *format)
         with torch._C._AutoDispatchBelowAutograd():
             y, u = FORWARD(
-                x, *parts, out_features, bias, factors[:count], factors[count:], scaling, dropout, seed, compute
+                x,
+                *parts,
+                out_features,
+                bias,
+                factors[:count],
+                factors[count:],
+                scaling,
+                dropout,
+                seed,
+                compute,
             )
         ctx.mark_non_differentiable(u)
         ctx.set_materialize_grads(False)
@@ -334,7 +347,9 @@ def _(weight, blocksize, quant_type):
 @torch.library.register_fake("peftfast::fourbit_quantize_absmax")
 def _(absmax, offset, code, blocksize):
     blocks = absmax.shape[0]
-    return absmax.new_empty(blocks, dtype=torch.uint8), absmax.new_empty((blocks + blocksize - 1) // blocksize)
+    return absmax.new_empty(blocks, dtype=torch.uint8), absmax.new_empty(
+        (blocks + blocksize - 1) // blocksize
+    )
 
 
 @torch.library.register_fake("peftfast::fourbit_dequantize")

@@ -22,7 +22,9 @@ namespace {
 class AbsmaxReader {
  public:
   explicit AbsmaxReader(const FourBitMatrix& W)
-      : W_(W), shift_(__builtin_ctzll(W.blocksize)), nested_shift_(W.absmax ? 0 : __builtin_ctzll(W.nested_blocksize)) {}
+      : W_(W),
+        shift_(__builtin_ctzll(W.blocksize)),
+        nested_shift_(W.absmax ? 0 : __builtin_ctzll(W.nested_blocksize)) {}
 
   PEFTFAST_INLINE int64_t block_of(int64_t element) const { return element >> shift_; }
   PEFTFAST_INLINE int64_t first_of(int64_t block) const { return block << shift_; }
@@ -33,7 +35,39 @@ class AbsmaxReader {
     return scaled + *W_.nested_offset;
   }
 
+  // The scales of `count` runs of 32 elements from `first`, a multiple of 32, on.
+  void each_32(int64_t first, int64_t count, float* out) const {
+    const int shift = shift_ - 5;  // from runs to blocks
+    float scales[65];
+    for (int64_t i = 0; i < count;) {
+      const int64_t run = first / 32 + i, block = run >> shift, skipped = run - (block << shift);
+      const int64_t n = std::min(count - i, int64_t{64} << shift);
+      read(block, ((skipped + n - 1) >> shift) + 1, scales);
+      for (int64_t k = 0; k < n; ++k) out[i + k] = scales[(skipped + k) >> shift];
+      i += n;
+    }
+  }
+
  private:
+  // Locals, not members, in the loop: a store to `out` might change a member, as far as the compiler can tell.
+  void read(int64_t first, int64_t count, float* out) const {
+    if (W_.absmax != nullptr) {
+      std::copy_n(W_.absmax + first, count, out);
+      return;
+    }
+    const float* code = W_.nested_code;
+    const uint8_t* codes = W_.absmax_codes + first;
+    const float offset = *W_.nested_offset;
+    for (int64_t i = 0; i < count;) {
+      const int64_t block = (first + i) >> nested_shift_;
+      const int64_t end = std::min(count, ((block + 1) << nested_shift_) - first);
+      for (const float scale = W_.nested_absmax[block]; i < end; ++i) {
+        const float scaled = code[codes[i]] * scale;
+        out[i] = scaled + offset;
+      }
+    }
+  }
+
   const FourBitMatrix& W_;
   const int shift_, nested_shift_;
 };
@@ -172,13 +206,119 @@ void pack_fourbit_straight(const FourBitMatrix& W, int64_t P, int64_t column, in
   }
 }
 
-// out[i, j] += x[i] . row j of W, for the rows of W from `row` on, of which a block is decoded into L1 at a time.
+// ---- few rows of X
+// ----------------------------------------------------------------------------------------------------- Nothing is
+// packed: a row of W meets every row of X as it is decoded, so that the bytes of W are read once. What comes out of a
+// shuffle in one order meets an X that was brought into that order beforehand: "arranged". A block's scale multiplies
+// the sum of its products. Where the product is asked for in bf16, the codes may stand for values rounded to bf16,
+// which loses less than to round each element of W; some instruction sets decode them faster.
+
 template <class S>
-void dot_rows_fourbit(const float* x, int64_t ldx, int64_t rows, const FourBitMatrix& W, int64_t row, int64_t columns,
-                      int64_t Q, float* out, int64_t ldo) {
+constexpr int64_t chunk_codes = 8 * S::width;  // decoded at once; at least the shortest block, 32
+
+// Whether rows of W are cut into whole chunks whose blocks begin at multiples of 32.
+template <class S>
+PEFTFAST_INLINE bool in_chunks(int64_t Q) {
+  return S::width > 1 && Q % 32 == 0;
+}
+
+template <class S>
+int64_t arranged_size(int64_t Q) {
+  return in_chunks<S>(Q) ? (Q + chunk_codes<S> - 1) / chunk_codes<S> * chunk_codes<S> : 0;
+}
+
+template <class S, bool bf16_codes>
+void arrange_for(const float* x, int64_t Q, float* out) {
+  if constexpr (S::width > 1)
+    for (int64_t q = 0; q < Q; q += chunk_codes<S>)
+      for (int v = 0; v < 8; ++v)
+        for (int lane = 0; lane < S::width; ++lane) {
+          const int64_t element = q + S::template chunk_element<bf16_codes>(v, lane);
+          out[q + v * S::width + lane] = element < Q ? x[element] : 0.0f;
+        }
+}
+
+// x [Q] -> chunk by chunk in the order of S::decode_chunk; zeros up to the end of the last chunk.
+template <class S>
+void arrange(const float* x, int64_t Q, bool bf16_codes, float* out) {
+  bf16_codes ? arrange_for<S, true>(x, Q, out) : arrange_for<S, false>(x, Q, out);
+}
+
+// out[i] += x[i] . one row of W, over `chunks` chunks from `packed` on. x is arranged; scales has one for each 32
+// codes; what lies `ahead` bytes on is asked for.
+template <class S, bool bf16_codes, int rows>
+void dot_chunks(const float* x, int64_t ldx, const typename S::template ChunkCodebook<bf16_codes>& codebook,
+                const uint8_t* packed, const float* scales, int64_t chunks, int64_t ahead, float* out, int64_t ldo) {
+  typename S::F sums[rows];
+  for (int i = 0; i < rows; ++i) sums[i] = S::zero();
+  for (int64_t c = 0; c < chunks; ++c, packed += 4 * S::width, scales += S::width / 4, x += 8 * S::width) {
+    __builtin_prefetch(hidden(packed) + ahead);
+    typename S::F w[8];
+    S::decode_chunk(codebook, packed, w);
+    const typename S::F scale = S::chunk_scales(scales);
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+      typename S::F products = S::mul(w[0], S::load(x + i * ldx));
+      for (int v = 1; v < 8; ++v) products = S::fma(w[v], S::load(x + i * ldx + v * S::width), products);
+      sums[i] = S::fma(products, scale, sums[i]);
+    }
+  }
+  for (int i = 0; i < rows; i += 4) {
+    float total[4];
+    const auto sum = [&](int k) { return k < rows ? sums[k] : S::zero(); };
+    S::sum(sum(i), sum(i + 1), sum(i + 2), sum(i + 3), total);
+    for (int k = i; k < std::min(i + 4, rows); ++k) out[k * ldo] += total[k - i];
+  }
+}
+
+// dot_rows_fourbit of a W whose rows are cut into chunks.
+template <class S, bool bf16_codes>
+void dot_rows_of_chunks(const float* x, int64_t ldx, int64_t rows, const FourBitMatrix& W, int64_t row, int64_t columns,
+                        int64_t Q, float* out, int64_t ldo) {
+  const AbsmaxReader absmax(W);
+  const int64_t chunks = Q / chunk_codes<S>, per_row = Q / 32;
+  const auto codebook = S::template chunk_codebook<bf16_codes>(fourbit::codebook_of(W.type));
+  // A block of the reduction keeps all rows of X in L1 while the rows of W go by.
+  const int64_t block = std::clamp<int64_t>(4096 / rows / chunk_codes<S>, 4, 4096 / chunk_codes<S>);
+  thread_local Scratch scratch;
+  float* scales = scratch.floats(columns * per_row);
+  for (int64_t j = 0; j < columns; ++j) absmax.each_32((row + j) * Q, per_row, scales + j * per_row);
+  for (int64_t c = 0; c < chunks; c += block)
+    for (int64_t m = 0; m < rows; m += S::tile_rows)
+      with_rows<S::tile_rows>(std::min<int64_t>(S::tile_rows, rows - m), [&](auto n) {
+        for (int64_t j = 0; j < columns; ++j)
+          dot_chunks<S, bf16_codes, n.value>(x + m * ldx + c * chunk_codes<S>, ldx, codebook,
+                                             W.packed + (row + j) * Q / 2 + c * 4 * S::width,
+                                             scales + j * per_row + c * (S::width / 4), std::min(block, chunks - c),
+                                             block * 4 * S::width, out + m * ldo + j, ldo);
+      });
+  if (const int64_t done = chunks * chunk_codes<S>; done < Q) {  // the last of each row, under scales of zero beyond it
+    for (int64_t j = 0; j < columns; ++j) {
+      uint8_t packed[4 * S::width] = {};
+      float last_scales[S::width / 4] = {};
+      std::memcpy(packed, W.packed + ((row + j) * Q + done) / 2, (Q - done) / 2);
+      std::copy_n(scales + j * per_row + done / 32, (Q - done) / 32, last_scales);
+      for (int64_t m = 0; m < rows; ++m)
+        dot_chunks<S, bf16_codes, 1>(x + m * ldx + done, ldx, codebook, packed, last_scales, 1, 0, out + m * ldo + j,
+                                     ldo);
+    }
+  }
+}
+
+// out[i, j] += x[i] . row (row + j) of W, for j < columns.
+template <class S>
+void dot_rows_fourbit(const float* x, int64_t ldx, int64_t rows, const FourBitMatrix& W, bool bf16_codes, int64_t row,
+                      int64_t columns, int64_t Q, float* out, int64_t ldo) {
+  if constexpr (S::width > 1) {
+    if (in_chunks<S>(Q)) {
+      const auto dot = bf16_codes ? dot_rows_of_chunks<S, true> : dot_rows_of_chunks<S, false>;
+      dot(x, ldx, rows, W, row, columns, Q, out, ldo);
+      return;
+    }
+  }
+  const AbsmaxReader absmax(W);
   constexpr int64_t at_once = 4, block = 1024;
   alignas(64) float weights[at_once * block];
-  const AbsmaxReader absmax(W);
   for (int64_t j = 0; j < columns; j += at_once) {
     const int64_t n = std::min(at_once, columns - j);
     for (int64_t q = 0; q < Q; q += block) {
@@ -191,7 +331,8 @@ void dot_rows_fourbit(const float* x, int64_t ldx, int64_t rows, const FourBitMa
   }
 }
 
-// ---- values to codes -------------------------------------------------------------------------------------------------
+// ---- values to codes
+// -------------------------------------------------------------------------------------------------
 
 // Codes of the blocks [begin, end).
 template <class S, class T>

@@ -22,7 +22,9 @@ namespace peftfast::cpu {
 namespace {
 
 template <class T>
-constexpr DType dtype_of = std::is_same_v<T, float> ? DType::f32 : std::is_same_v<T, bf16> ? DType::bf16 : DType::f16;
+constexpr DType dtype_of = std::is_same_v<T, float>  ? DType::f32
+                           : std::is_same_v<T, bf16> ? DType::bf16
+                                                     : DType::f16;
 
 template <class S>
 constexpr int64_t tile_columns = S::tile_vectors * S::width;

@@ -262,8 +262,8 @@ class LinearPanel {
   void dot_products(int64_t row_begin, int64_t row_end) {
     if constexpr (std::is_same_v<T, float>)
       if (args_.fourbit) {
-        dot_rows_fourbit<S>(X() + row_begin * args_.ldx, args_.ldx, row_end - row_begin, *args_.fourbit, column_,
-                            columns_, args_.Q, parked_, panel_columns);
+        dot_rows_fourbit<S>(X() + row_begin * args_.ldx, args_.ldx, row_end - row_begin, *args_.fourbit,
+                            args_.bf16_codes, column_, columns_, args_.Q, parked_, panel_columns);
         return;
       }
     for (int64_t p = 0; p < columns_; p += 8)
@@ -409,6 +409,8 @@ constexpr Table make_table() {
       {linear<S, float>, linear<S, bf16>, linear<S, f16>},
       {outer<S, float>, outer<S, bf16>, outer<S, f16>},
       {convert<S, float>, convert<S, bf16>, convert<S, f16>},
+      arranged_size<S>,
+      arrange<S>,
       {fourbit_quantize<S, float>, fourbit_quantize<S, bf16>, fourbit_quantize<S, f16>},
       {fourbit_dequantize<S, float>, fourbit_dequantize<S, bf16>, fourbit_dequantize<S, f16>},
       {flops_of_loop<S, float>, flops_of_loop<S, bf16>, flops_of_loop<S, f16>},
