@@ -59,9 +59,9 @@ struct FourBitMatrix {
 
 // The frozen weight of a linear layer, in one of two forms.
 struct BaseWeight {
-  const void* dense;  // [N, K], or [K, N] when transposed, in the dtype of X; null: in 4 bits, [N, K]
+  const void* dense;  // [N, K] in the dtype of X; null: in 4 bits
   int64_t ld;
-  bool transposed;
+  bool transposed;  // stored as [K, N]
   FourBitMatrix fourbit;
   DType compute;  // of a base product with a 4-bit weight: f32, whatever the dtype of X; or 16 bits, to which W is
                   // rounded and, when it is f32, X (unless the instruction set gains nothing by it)
@@ -84,18 +84,73 @@ struct LoraLinearArgs {
 
 // From G = dL/dY:  V = scaling * G B,  dX = G W + dropout'(V A),  grad_A = V^T dropout(X),  grad_B = G^T U
 struct LoraLinearBackwardArgs {
-  int64_t M, N, K;
-  DType dtype;    // of G, X and dX
-  const void* G;  // [M, N]
+  LoraLinearArgs of;  // X may be null when no grad_A is wanted, U when no grad_B is; Y and bias are not read
+  const void* G;      // [M, N]
   int64_t ldg;
-  const void* X;  // [M, K]; may be null when no grad_A is wanted
+  void* dX;  // [M, K], out; null: not wanted
+};
+
+// Rows of X in groups that follow one another. Group g is the rows [offsets[g], offsets[g + 1]); it meets the weight
+// experts[g] and the adapter slots[g], or none when that is negative.
+struct Groups {
+  int64_t count;
+  const int64_t* offsets;  // [count + 1], ascending
+  const int64_t* experts;  // [count]
+  const int64_t* slots;    // [count]
+};
+
+// Adapters of one rank, as many as there are slots.
+struct LoraStack {
+  int64_t slots, rank;
+  DType dtype;
+  const void* A;  // [slots, rank, K]
+  const void* B;  // [slots, N, rank] with strides: a stack is stored in several orders
+  int64_t B_strides[3];
+  float scaling;
+  float dropout;
+  void* grad_A;  // [slots, rank, K], out; null: not wanted (backward only)
+  void* grad_B;  // [slots, N, rank], contiguous, out; null: not wanted (backward only)
+};
+
+// lora_linear for each group of rows. Rows of no group come out as zeros, and so do gradients of slots of no group.
+struct GroupedLinearArgs {
+  int64_t M, N, K;
+  DType dtype;  // of X and Y
+  Groups groups;
+  const void* X;  // [M, K]
   int64_t ldx;
-  BaseWeight W;
-  const LoraAdapter* adapters;
-  int adapter_count;
+  BaseWeight W;       // one after another
+  const float* bias;  // [experts, N] or null
+  LoraStack lora;
   const int64_t* seed;
-  const float* U;  // [M, R], from the forward; may be null when no grad_B is wanted
-  void* dX;        // [M, K], out; null: not wanted
+  float* U;  // [M, rank], out
+  void* Y;   // [M, N], out
+};
+
+// The backward of `of`, whose Y is not read and whose U is what the forward left.
+struct GroupedLinearBackwardArgs {
+  GroupedLinearArgs of;  // X may be null when no grad_A is wanted
+  const void* G;         // [M, N]
+  int64_t ldg;
+  void* dX;  // [M, K], out; null: not wanted
+};
+
+// Y[t] = sum over k < top_k of weights[t, k] * X[places[t, k]]: what the experts of a token say, put together.
+struct CombineArgs {
+  int64_t tokens, top_k, H;
+  DType dtype;            // of X and Y
+  const void* X;          // [tokens * top_k, H]
+  const float* weights;   // [tokens, top_k]; null: all 1
+  const int64_t* places;  // [tokens, top_k], a permutation of the rows of X
+  void* Y;                // [tokens, H], out
+};
+
+// From G = dL/dY:  dX[places[t, k]] = weights[t, k] * G[t],  grad_weights[t, k] = X[places[t, k]] . G[t]
+struct CombineBackwardArgs {
+  CombineArgs of;       // X may be null when grad_weights is; Y is not read
+  const void* G;        // [tokens, H]
+  void* dX;             // [tokens * top_k, H], out
+  float* grad_weights;  // [tokens, top_k], out; null: not wanted
 };
 
 // W -> packed and absmax, plain. absmax comes out not finite where W is not.
@@ -132,6 +187,11 @@ namespace cpu {
 void fourbit_quantize(const FourBitQuantizeArgs& args, const Threads& threads);
 void fourbit_quantize_absmax(const AbsmaxQuantizeArgs& args, const Threads& threads);
 void fourbit_dequantize(const FourBitDequantizeArgs& args, const Threads& threads);
+
+void grouped_linear(const GroupedLinearArgs& args, const Threads& threads);
+void grouped_linear_backward(const GroupedLinearBackwardArgs& args, const Threads& threads);
+void combine(const CombineArgs& args, const Threads& threads);
+void combine_backward(const CombineBackwardArgs& args, const Threads& threads);
 
 void lora_linear(const LoraLinearArgs& args, const Threads& threads);
 void lora_linear_backward(const LoraLinearBackwardArgs& args, const Threads& threads);

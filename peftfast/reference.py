@@ -274,3 +274,55 @@ def fourbit_linear(
     # The adapters see x as it is, the base sees it in compute_dtype.
     zero = x.new_zeros(weight.shape)
     return y + lora_linear(x, zero, lora_A, lora_B, scaling, dropout=dropout, seed=seed)
+
+
+# ---- groups of rows ------------------------------------------------------------------------------------------
+
+
+def grouped_linear(
+    x: Tensor,
+    weight: Tensor | FourBitWeight,
+    offsets: Tensor,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scaling: float | Tensor = 1.0,
+    *,
+    experts: Tensor | None = None,
+    slots: Tensor | None = None,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    transposed: bool = False,
+    seed: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`lora_linear` of each group of rows; see `peftfast.ops.grouped_linear`."""
+    compute_dtype = compute_dtype or x.dtype
+    if isinstance(weight, FourBitWeight):
+        weight = fourbit_dequantize(weight, compute_dtype)
+    if rows is not None:
+        x = x[rows]
+    dropped = x
+    if lora_A is not None:
+        dropped = x.to(lora_A.dtype)
+        if dropout > 0:
+            seed = torch.randint(2**63 - 1, (1,)) if seed is None else seed
+            dropped = dropped * dropout_mask(x.shape, dropout, seed).to(x.device) / (1 - dropout)
+    y = x.new_zeros(x.shape[0], weight.shape[2 if transposed else 1])
+    for g in range(offsets.numel() - 1):
+        group = slice(int(offsets[g]), int(offsets[g + 1]))
+        expert = g if experts is None else int(experts[g])
+        slot = g if slots is None else int(slots[g])
+        W = weight[expert] if transposed else weight[expert].T
+        part = x[group].to(compute_dtype) @ W.to(compute_dtype)
+        if bias is not None:
+            part = part + bias[expert]
+        if lora_A is not None and slot >= 0:
+            part = part + dropped[group] @ lora_A[slot].T @ lora_B[slot].T * scaling
+        y = y.index_copy(0, torch.arange(group.start, group.stop, device=x.device), part.to(x.dtype))
+    return y
+
+
+def moe_combine(x: Tensor, weights: Tensor, places: Tensor) -> Tensor:
+    """y[t] = sum over k of weights[t, k] * x[places[t, k]]; see `peftfast.ops.moe_combine`."""
+    return (x[places] * weights.unsqueeze(-1)).sum(1).to(x.dtype)

@@ -18,16 +18,12 @@
 #include "../kernels.h"
 #include "../philox.h"
 #include "generic/convert.h"
-#include "parallel.h"
+#include "linear.h"
 #include "scratch.h"
 #include "table.h"
 
 namespace peftfast::cpu {
 namespace {
-
-constexpr int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-
-constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 // All adapters of a layer as one of rank R.
 class Adapters {
@@ -103,103 +99,43 @@ class Adapters {
   Segment whole_{};
 };
 
-void down(const DownArgs& args, DType dtype, int64_t M, const Threads& threads) {
-  if (args.R == 0) return;
-  constexpr int64_t rows = 12;  // a multiple of every register tile
-  parallel_for(threads, (M + rows - 1) / rows, [&](int64_t begin, int64_t end) {
-    table().down[static_cast<int>(dtype)](args, begin * rows, std::min(end * rows, M));
-  });
-}
-
-// The dtype that X and a 4-bit weight are multiplied in. fp32 is never less accurate, and costs nothing more where
-// there is no instruction for 16 bits; few rows are bound by the reading of the weight.
-DType product_dtype(const LinearArgs& args, DType dtype, DType wanted) {
-  if (args.M <= few_rows && args.reduction_contiguous) return DType::f32;
-  if (wanted == dtype) return dtype;
-  return dtype == DType::f32 && wanted == DType::bf16 && table().bf16_dot ? DType::bf16 : DType::f32;
-}
-
-void linear(LinearArgs args, DType dtype, const BaseWeight& W, const Threads& threads) {
-  if (W.dense == nullptr) {
-    args.fourbit = &W.fourbit;
-    args.bf16_codes = W.compute == DType::bf16;
-    const DType product = product_dtype(args, dtype, W.compute);
-    if (product != dtype) {
-      thread_local Scratch scratch;
-      char* converted = reinterpret_cast<char*>(scratch.floats(args.M * args.Q));
-      const int64_t row_size = args.Q * size_of(product);
-      parallel_for(threads, args.M, [&](int64_t begin, int64_t end) {
-        for (int64_t m = begin; m < end; ++m)
-          table().convert[static_cast<int>(dtype)](static_cast<const char*>(args.X) + m * args.ldx * size_of(dtype),
-                                                   args.Q, product, converted + m * row_size);
-      });
-      args.X = converted, args.ldx = args.Q, dtype = product;
-    }
-    const int64_t arranged_size = table().arranged_size(args.Q);
-    if (args.M <= few_rows && args.reduction_contiguous && arranged_size > 0) {
-      thread_local Scratch scratch;
-      float* arranged = scratch.floats(args.M * arranged_size);
-      for (int64_t m = 0; m < args.M; ++m)
-        table().arrange(static_cast<const float*>(args.X) + m * args.ldx, args.Q, args.bf16_codes,
-                        arranged + m * arranged_size);
-      args.X = arranged, args.ldx = arranged_size;
-    }
-  }
-  const int64_t panels = (args.P + panel_columns - 1) / panel_columns;
-  // Rows are parted only to bound the memory of parked accumulators, or when there are too few panels to go round: each
-  // part packs the panel again.
-  int64_t parts = (args.M + 2047) / 2048;
-  while (parts * panels < 2 * threads.count && args.M / (parts + 1) >= 192) ++parts;
-  const int64_t rows = round_up((args.M + parts - 1) / std::max<int64_t>(parts, 1), 12);
-  parallel_for(threads, panels * parts, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t first = item % parts * rows;
-      if (first < args.M)
-        table().linear[static_cast<int>(dtype)](args, item / parts * panel_columns, first,
-                                                std::min(first + rows, args.M));
-    }
-  });
-}
-
-void outer(const OuterArgs& args, DType dtype, const Threads& threads) {
-  parallel_for(threads, (args.P + panel_columns - 1) / panel_columns, [&](int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; ++panel)
-      table().outer[static_cast<int>(dtype)](args, panel * panel_columns);
-  });
-}
-
-template <class T>
-void narrow(const float* D, int64_t rank, int64_t P, bool transposed, T* out, int64_t begin, int64_t end) {
-  for (int64_t j = 0; j < rank; ++j)
-    for (int64_t p = begin; p < end; ++p) out[transposed ? p * rank + j : j * P + p] = from_float<T>(D[j * P + p]);
-}
-
-// The gradient of one adapter's factor from its rows of D [R, P]: as they are for A, transposed for B.
-void write_gradient(const float* D, int64_t rank, int64_t P, DType dtype, bool transposed, void* out,
-                    const Threads& threads) {
-  constexpr int64_t chunk = 1024;
-  parallel_for(threads, (P + chunk - 1) / chunk, [&](int64_t begin, int64_t end) {
-    begin *= chunk, end = std::min(end * chunk, P);
-    if (dtype == DType::f32) narrow(D, rank, P, transposed, static_cast<float*>(out), begin, end);
-    if (dtype == DType::bf16) narrow(D, rank, P, transposed, static_cast<bf16*>(out), begin, end);
-    if (dtype == DType::f16) narrow(D, rank, P, transposed, static_cast<f16*>(out), begin, end);
-  });
-}
-
 }  // namespace
 
 void lora_linear(const LoraLinearArgs& args, const Threads& threads) {
   if (args.M == 0 || args.N == 0) return;
   Adapters adapters(args.adapters, args.adapter_count, args.seed, args.K, args.N);
   const int64_t R = adapters.rank();
-  down({args.X, args.ldx, args.K, adapters.A(threads), adapters.dropped_scale(), R, adapters.dropout(), args.U},
-       args.dtype, args.M, threads);
-  linear({args.M, args.N, args.K, args.X, args.ldx, args.W.dense, args.W.ld, !args.W.transposed, nullptr, args.bias,
-          args.U, adapters.B_transposed(threads), R, adapters.no_dropout(), args.Y, args.dtype, false},
-         args.dtype, args.W, threads);
+  down({{.args = {.X = args.X,
+                  .ldx = args.ldx,
+                  .Q = args.K,
+                  .A = adapters.A(threads),
+                  .scale = adapters.dropped_scale(),
+                  .R = R,
+                  .dropout = adapters.dropout(),
+                  .U = args.U},
+         .M = args.M}},
+       args.dtype, threads);
+  linear({{.M = args.M,
+           .P = args.N,
+           .Q = args.K,
+           .X = args.X,
+           .ldx = args.ldx,
+           .W = args.W.dense,
+           .ldw = args.W.ld,
+           .reduction_contiguous = !args.W.transposed,
+           .fourbit = args.W.dense ? nullptr : &args.W.fourbit,
+           .bias = args.bias,
+           .U = args.U,
+           .L = adapters.B_transposed(threads),
+           .R = R,
+           .dropout = adapters.no_dropout(),
+           .Y = args.Y,
+           .out = args.dtype}},
+         args.W.compute, threads);
 }
 
-void lora_linear_backward(const LoraLinearBackwardArgs& args, const Threads& threads) {
+void lora_linear_backward(const LoraLinearBackwardArgs& backward, const Threads& threads) {
+  const LoraLinearArgs& args = backward.of;
   Adapters adapters(args.adapters, args.adapter_count, args.seed, args.K, args.N);
   const int64_t R = adapters.rank(), M = args.M, K = args.K, N = args.N;
   const auto wants_A = [](const LoraAdapter& a) { return a.grad_A != nullptr; };
@@ -209,17 +145,38 @@ void lora_linear_backward(const LoraLinearBackwardArgs& args, const Threads& thr
 
   thread_local Scratch scratch_V, scratch_D;
   float* V = nullptr;
-  if (any_A || args.dX != nullptr) {
+  if (any_A || backward.dX != nullptr) {
     V = scratch_V.floats(M * R);
-    down({args.G, args.ldg, N, adapters.B_transposed(threads), adapters.scale(), R, adapters.no_dropout(), V},
-         args.dtype, M, threads);
+    down({{.args = {.X = backward.G,
+                    .ldx = backward.ldg,
+                    .Q = N,
+                    .A = adapters.B_transposed(threads),
+                    .scale = adapters.scale(),
+                    .R = R,
+                    .dropout = adapters.no_dropout(),
+                    .U = V},
+           .M = M}},
+         args.dtype, threads);
   }
-  if (args.dX != nullptr)
-    linear({M, K, N, args.G, args.ldg, args.W.dense, args.W.ld, args.W.transposed, nullptr, nullptr, V,
-            adapters.A(threads), R, adapters.dropout(), args.dX, args.dtype, false},
-           args.dtype, args.W, threads);
+  if (backward.dX != nullptr)
+    linear({{.M = M,
+             .P = K,
+             .Q = N,
+             .X = backward.G,
+             .ldx = backward.ldg,
+             .W = args.W.dense,
+             .ldw = args.W.ld,
+             .reduction_contiguous = args.W.transposed,
+             .fourbit = args.W.dense ? nullptr : &args.W.fourbit,
+             .U = V,
+             .L = adapters.A(threads),
+             .R = R,
+             .dropout = adapters.dropout(),
+             .Y = backward.dX,
+             .out = args.dtype}},
+           args.W.compute, threads);
   const auto gradient = [&](const OuterArgs& outer_args, bool of_A) {
-    outer(outer_args, args.dtype, threads);
+    outer({outer_args}, args.dtype, threads);
     int64_t row = 0;
     for (int i = 0; i < args.adapter_count; row += args.adapters[i].rank, ++i) {
       const LoraAdapter& a = args.adapters[i];
@@ -228,8 +185,19 @@ void lora_linear_backward(const LoraLinearBackwardArgs& args, const Threads& thr
     }
   };
   float* D = scratch_D.floats(R * std::max(any_A ? K : 0, any_B ? N : 0));
-  if (any_A) gradient({V, R, args.X, args.ldx, M, K, adapters.dropout(), D}, true);
-  if (any_B) gradient({args.U, R, args.G, args.ldg, M, N, adapters.no_dropout(), D}, false);
+  if (any_A)
+    gradient({.V = V, .R = R, .X = args.X, .ldx = args.ldx, .M = M, .P = K, .dropout = adapters.dropout(), .D = D},
+             true);
+  if (any_B)
+    gradient({.V = args.U,
+              .R = R,
+              .X = backward.G,
+              .ldx = backward.ldg,
+              .M = M,
+              .P = N,
+              .dropout = adapters.no_dropout(),
+              .D = D},
+             false);
 }
 
 double machine_peak(DType dtype, const Threads& threads) {

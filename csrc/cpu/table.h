@@ -46,7 +46,8 @@ struct DownArgs {
   const float* scale;  // [R]
   int64_t R;
   Dropout dropout;
-  float* U;  // [M, R]
+  float* U;           // [M, R]
+  int64_t first_row;  // of X, in the matrix that the dropout generator counts
 };
 
 // Y = X W + bias + dropout(U L), for rows [row_begin, row_end) of the panel that starts at `column`.
@@ -58,14 +59,16 @@ struct LinearArgs {
   int64_t ldw;
   bool reduction_contiguous;
   const FourBitMatrix* fourbit;  // stands for W when not null; its rows follow one another: ldw does not count
+  int64_t fourbit_row;           // of that matrix, the first of W
   const float* bias;             // [P] or null
   const float* U;                // [M, R]
   const float* L;                // [R, P]
   int64_t R;
-  Dropout dropout;  // of U L; its masks are those of an [M, P] matrix
-  void* Y;          // [M, P]
-  DType out;        // of Y; X may be in another one
-  bool bf16_codes;  // few rows: the values that 4-bit codes stand for may be rounded to bf16
+  Dropout dropout;    // of U L; its masks are those of an [M, P] matrix
+  void* Y;            // [M, P]
+  DType out;          // of Y; X may be in another one
+  int64_t first_row;  // of X, in the matrix that the dropout generator counts
+  bool bf16_codes;    // few rows: the values that 4-bit codes stand for may be rounded to bf16
 };
 
 // D = V^T dropout(X), for the panel of columns that starts at `column`. Each segment writes to its own gradient.
@@ -76,7 +79,9 @@ struct OuterArgs {
   int64_t ldx;
   int64_t M, P;
   Dropout dropout;
-  float* D;  // [R, P]
+  float* D;           // [R, P]
+  int64_t first_row;  // of X, in the matrix that the dropout generator counts
+  bool accumulate;    // adds to D
 };
 
 struct Table {
@@ -86,6 +91,8 @@ struct Table {
   void (*linear[dtype_count])(const LinearArgs& args, int64_t column, int64_t row_begin, int64_t row_end);
   void (*outer[dtype_count])(const OuterArgs& args, int64_t column);
   void (*convert[dtype_count])(const void* x, int64_t count, DType to, void* out);  // to f32 or bf16
+  void (*combine[dtype_count])(const CombineArgs& args, int64_t token_begin, int64_t token_end);
+  void (*combine_backward[dtype_count])(const CombineBackwardArgs& args, int64_t token_begin, int64_t token_end);
   // Whether few rows of X must be arranged before they meet a 4-bit W with Q columns, and the arranging of one: [Q] to
   // [arranged_size(Q)].
   int64_t (*arranged_size)(int64_t Q);  // 0: they are taken as they are

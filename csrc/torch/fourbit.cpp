@@ -8,63 +8,6 @@
 namespace peftfast {
 namespace {
 
-FourBitType type_of(const std::string& quant_type) {
-  STD_TORCH_CHECK(quant_type == "nf4" || quant_type == "fp4", "quant_type must be 'nf4' or 'fp4', got '", quant_type,
-                  "'.");
-  return quant_type == "nf4" ? FourBitType::nf4 : FourBitType::fp4;
-}
-
-bool is_power_of_two(int64_t x) { return x > 0 && (x & (x - 1)) == 0; }
-
-void check_blocksize(int64_t blocksize) {
-  STD_TORCH_CHECK(is_power_of_two(blocksize) && blocksize >= 32 && blocksize <= 4096,
-                  "blocksize must be a power of two from 32 to 4096, got ", blocksize, ".");
-}
-
-const void* checked(const Tensor& t, const char* name, ScalarType type, int64_t count) {
-  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == type, name, " must be contiguous ",
-                  type == ScalarType::Byte ? "uint8" : "float32", " on the CPU.");
-  STD_TORCH_CHECK(t.numel() == count, name, " has ", t.numel(), " elements, expected ", count, ".");
-  return t.const_data_ptr();
-}
-
-// A 4-bit matrix of `count` elements; the tensors stay the caller's.
-FourBitMatrix matrix_of(const Tensor& packed, const Tensor& absmax, const std::optional<Tensor>& nested_absmax,
-                        const std::optional<Tensor>& nested_code, const std::optional<Tensor>& nested_offset,
-                        int64_t blocksize, int64_t nested_blocksize, const std::string& quant_type, int64_t count) {
-  check_blocksize(blocksize);
-  FourBitMatrix W{};
-  W.type = type_of(quant_type);
-  W.packed = static_cast<const uint8_t*>(checked(packed, "packed", ScalarType::Byte, (count + 1) / 2));
-  W.blocksize = blocksize;
-  const int64_t blocks = (count + blocksize - 1) / blocksize;
-  if (!nested_absmax.has_value()) {
-    W.absmax = static_cast<const float*>(checked(absmax, "absmax", ScalarType::Float, blocks));
-    return W;
-  }
-  STD_TORCH_CHECK(nested_code.has_value() && nested_offset.has_value(),
-                  "nested_code and nested_offset must come with nested_absmax.");
-  STD_TORCH_CHECK(is_power_of_two(nested_blocksize), "nested_blocksize must be a power of two, got ", nested_blocksize,
-                  ".");
-  W.absmax_codes = static_cast<const uint8_t*>(checked(absmax, "absmax", ScalarType::Byte, blocks));
-  W.nested_absmax = static_cast<const float*>(
-      checked(*nested_absmax, "nested_absmax", ScalarType::Float, (blocks + nested_blocksize - 1) / nested_blocksize));
-  W.nested_code = static_cast<const float*>(checked(*nested_code, "nested_code", ScalarType::Float, 256));
-  W.nested_offset = static_cast<const float*>(checked(*nested_offset, "nested_offset", ScalarType::Float, 1));
-  W.nested_blocksize = nested_blocksize;
-  return W;
-}
-
-ScalarType scalar_type_of(DType dtype) {
-  return dtype == DType::f32 ? ScalarType::Float : dtype == DType::bf16 ? ScalarType::BFloat16 : ScalarType::Half;
-}
-
-DType named_dtype(const std::string& name, const char* argument) {
-  for (DType dtype : {DType::f32, DType::bf16, DType::f16})
-    if (name == (dtype == DType::f32 ? "float32" : dtype == DType::bf16 ? "bfloat16" : "float16")) return dtype;
-  STD_TORCH_CHECK(false, argument, " must be 'float32', 'bfloat16' or 'float16', got '", name, "'.");
-}
-
 // weight -> (packed [(count + 1) / 2, 1] uint8, absmax [blocks] fp32)
 std::tuple<Tensor, Tensor> fourbit_quantize_cpu(const Tensor& weight, int64_t blocksize, std::string quant_type) {
   STD_TORCH_CHECK(weight.is_cpu(), "weight must be on the CPU.");
@@ -131,19 +74,19 @@ std::tuple<Tensor, Tensor> fourbit_linear_cpu(const Tensor& x, const Tensor& pac
   const int64_t* seed_data = seed_of(seed, adapters.any_dropout);
   const Tensor X = with_contiguous_rows(x);
   Tensor y = empty({M, N}, x.scalar_type()), u = empty({M, adapters.rank}, ScalarType::Float);
-  cpu::lora_linear({M,
-                    N,
-                    K,
-                    dtype,
-                    X.const_data_ptr(),
-                    leading_dimension(X),
-                    {nullptr, 0, false, W, named_dtype(compute_dtype, "compute_dtype")},
-                    bias32.data(),
-                    adapters.plain.data(),
-                    static_cast<int>(adapters.plain.size()),
-                    seed_data,
-                    static_cast<float*>(u.mutable_data_ptr()),
-                    y.mutable_data_ptr()},
+  cpu::lora_linear({.M = M,
+                    .N = N,
+                    .K = K,
+                    .dtype = dtype,
+                    .X = X.const_data_ptr(),
+                    .ldx = leading_dimension(X),
+                    .W = {.fourbit = W, .compute = named_dtype(compute_dtype, "compute_dtype")},
+                    .bias = bias32.data(),
+                    .adapters = adapters.plain.data(),
+                    .adapter_count = static_cast<int>(adapters.plain.size()),
+                    .seed = seed_data,
+                    .U = static_cast<float*>(u.mutable_data_ptr()),
+                    .Y = y.mutable_data_ptr()},
                    torch_threads());
   return {y, u};
 }
@@ -172,21 +115,19 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fourbit_linear_back
   const Tensor G = with_contiguous_rows(grad_y), X = any_of(want_A) ? with_contiguous_rows(x) : x;
   Tensor grad_x = empty({want_x ? M : 0, K}, x.scalar_type());
   const Gradients grads(adapters, want_A, want_B, N, K);
-  cpu::lora_linear_backward({M,
-                             N,
-                             K,
-                             dtype,
-                             G.const_data_ptr(),
-                             leading_dimension(G),
-                             X.const_data_ptr(),
-                             leading_dimension(X),
-                             {nullptr, 0, false, W, named_dtype(compute_dtype, "compute_dtype")},
-                             adapters.plain.data(),
-                             static_cast<int>(adapters.plain.size()),
-                             seed_data,
-                             static_cast<const float*>(u.const_data_ptr()),
-                             want_x ? grad_x.mutable_data_ptr() : nullptr},
-                            torch_threads());
+  const LoraLinearArgs of{.M = M,
+                          .N = N,
+                          .K = K,
+                          .dtype = dtype,
+                          .X = X.const_data_ptr(),
+                          .ldx = leading_dimension(X),
+                          .W = {.fourbit = W, .compute = named_dtype(compute_dtype, "compute_dtype")},
+                          .adapters = adapters.plain.data(),
+                          .adapter_count = static_cast<int>(adapters.plain.size()),
+                          .seed = seed_data,
+                          .U = static_cast<float*>(const_cast<void*>(u.const_data_ptr()))};
+  cpu::lora_linear_backward(
+      {of, G.const_data_ptr(), leading_dimension(G), want_x ? grad_x.mutable_data_ptr() : nullptr}, torch_threads());
   return {grad_x, grads.A, grads.B};
 }
 

@@ -5,6 +5,7 @@
 
 #include "fourbit.h"
 #include "lora.h"
+#include "moe.h"
 
 STABLE_TORCH_LIBRARY(peftfast, library) {
   library.def(
@@ -30,9 +31,27 @@ STABLE_TORCH_LIBRARY(peftfast, library) {
   def("fourbit_linear_backward(Tensor grad_y, Tensor x, " + weight +
       "Tensor[] lora_A, Tensor[] lora_B, Tensor u, float[] scaling, float[] dropout, Tensor? seed, str compute_dtype, "
       "bool want_x, bool[] want_A, bool[] want_B) -> (Tensor grad_x, Tensor[] grad_A, Tensor[] grad_B)");
+
+  // A stack of weights [experts, N, K] is dense, or in 4 bits when there is an absmax. offsets, experts and slots say
+  // which rows of x meet which weight and adapter.
+  const std::string stack =
+      "Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? nested_offset, int "
+      "blocksize, "
+      "int nested_blocksize, str quant_type, SymInt[] shape, bool transposed, Tensor offsets, Tensor experts, "
+      "Tensor slots, ";
+  def("grouped_linear(Tensor x, " + stack +
+      "Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling, float dropout, Tensor? seed, str compute_dtype) "
+      "-> (Tensor y, Tensor u)");
+  def("grouped_linear_backward(Tensor grad_y, Tensor x, " + stack +
+      "Tensor? lora_A, Tensor? lora_B, Tensor u, float scaling, float dropout, Tensor? seed, str compute_dtype, "
+      "bool want_x, bool want_A, bool want_B) -> (Tensor grad_x, Tensor grad_A, Tensor grad_B)");
+  def("moe_combine(Tensor x, Tensor? weights, Tensor places) -> Tensor");
+  def("moe_combine_backward(Tensor grad_y, Tensor x, Tensor? weights, Tensor places, bool want_weights) "
+      "-> (Tensor grad_x, Tensor grad_weights)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(peftfast, CPU, library) {
   peftfast::register_lora(library);
   peftfast::register_fourbit(library);
+  peftfast::register_moe(library);
 }

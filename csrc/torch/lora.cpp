@@ -48,9 +48,19 @@ std::tuple<Tensor, Tensor> lora_linear_cpu(const Tensor& x, const Tensor& weight
   const int64_t* seed_data = seed_of(seed, adapters.any_dropout);
   const Tensor X = with_contiguous_rows(x);
   Tensor y = empty({M, base.N}, x.scalar_type()), u = empty({M, adapters.rank}, ScalarType::Float);
-  cpu::lora_linear({M, base.N, base.K, dtype, X.const_data_ptr(), leading_dimension(X), base.plain(), bias32.data(),
-                    adapters.plain.data(), static_cast<int>(adapters.plain.size()), seed_data,
-                    static_cast<float*>(u.mutable_data_ptr()), y.mutable_data_ptr()},
+  cpu::lora_linear({.M = M,
+                    .N = base.N,
+                    .K = base.K,
+                    .dtype = dtype,
+                    .X = X.const_data_ptr(),
+                    .ldx = leading_dimension(X),
+                    .W = base.plain(),
+                    .bias = bias32.data(),
+                    .adapters = adapters.plain.data(),
+                    .adapter_count = static_cast<int>(adapters.plain.size()),
+                    .seed = seed_data,
+                    .U = static_cast<float*>(u.mutable_data_ptr()),
+                    .Y = y.mutable_data_ptr()},
                    torch_threads());
   return {y, u};
 }
@@ -76,11 +86,19 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_linear_backwar
   const Tensor G = with_contiguous_rows(grad_y), X = any_of(want_A) ? with_contiguous_rows(x) : x;
   Tensor grad_x = empty({want_x ? M : 0, base.K}, x.scalar_type());
   const Gradients grads(adapters, want_A, want_B, base.N, base.K);
+  const LoraLinearArgs of{.M = M,
+                          .N = base.N,
+                          .K = base.K,
+                          .dtype = dtype,
+                          .X = X.const_data_ptr(),
+                          .ldx = leading_dimension(X),
+                          .W = base.plain(),
+                          .adapters = adapters.plain.data(),
+                          .adapter_count = static_cast<int>(adapters.plain.size()),
+                          .seed = seed_data,
+                          .U = static_cast<float*>(const_cast<void*>(u.const_data_ptr()))};
   cpu::lora_linear_backward(
-      {M, base.N, base.K, dtype, G.const_data_ptr(), leading_dimension(G), X.const_data_ptr(), leading_dimension(X),
-       base.plain(), adapters.plain.data(), static_cast<int>(adapters.plain.size()), seed_data,
-       static_cast<const float*>(u.const_data_ptr()), want_x ? grad_x.mutable_data_ptr() : nullptr},
-      torch_threads());
+      {of, G.const_data_ptr(), leading_dimension(G), want_x ? grad_x.mutable_data_ptr() : nullptr}, torch_threads());
   return {grad_x, grads.A, grads.B};
 }
 

@@ -8,6 +8,7 @@ from peftfast.ops.fourbit import (
     fourbit_quantize,
 )
 from peftfast.ops.lora import lora_linear
+from peftfast.ops.moe import grouped_linear, moe_combine
 
 __all__ = [
     "FourBitWeight",
@@ -15,5 +16,7 @@ __all__ = [
     "fourbit_dequantize",
     "fourbit_linear",
     "fourbit_quantize",
+    "grouped_linear",
     "lora_linear",
+    "moe_combine",
 ]

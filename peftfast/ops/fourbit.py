@@ -100,7 +100,7 @@ def fourbit_dequantize(weight: FourBitWeight, dtype: torch.dtype | None = None) 
     if weight.packed.device.type not in KERNEL_DEVICES:
         return reference.fourbit_dequantize(weight, dtype)
     count = math.prod(weight.shape)
-    return DEQUANTIZE(*_parts(weight), 1, count, name_of(dtype)).view(weight.shape)
+    return DEQUANTIZE(*parts_of(weight), 1, count, name_of(dtype)).view(weight.shape)
 
 
 def _check_format(quant_type: str, blocksize: int) -> None:
@@ -221,12 +221,12 @@ def call(
     elif seed is None:
         seed = torch.randint(2**63 - 1, (1,), device=x.device)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    parts, compute = _parts(weight), name_of(compute_dtype or x.dtype)
+    parts, compute = parts_of(weight), name_of(compute_dtype or x.dtype)
     y, _ = _dispatch(rows, parts, weight.shape[0], bias, lora_A, lora_B, scaling, dropout, seed, compute)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _parts(weight: FourBitWeight) -> tuple:
+def parts_of(weight: FourBitWeight) -> tuple:
     """The weight as the operators take it."""
     packed, nested = weight.packed, weight.nested
     if packed.dtype != torch.uint8:

@@ -8,6 +8,7 @@
 #include "dropout.h"
 #include "fourbit.h"
 #include "gemm.h"
+#include "moe.h"
 
 namespace peftfast::cpu {
 namespace {
@@ -78,7 +79,8 @@ void down(const DownArgs& args, int64_t row_begin, int64_t row_end) {
         } else {
           for (int64_t i = 0; i < rows; ++i) {
             convert<S>(X + (m + i) * args.ldx + q, n, dropped + i * block);
-            if (segment.threshold) drop<S>(args.dropout, segment, (m + i) * args.Q + q, n, dropped + i * block);
+            if (segment.threshold)
+              drop<S>(args.dropout, segment, (args.first_row + m + i) * args.Q + q, n, dropped + i * block);
           }
         }
         dot_rows<S, float>(x, ldx, rows, args.A + segment.begin * args.Q + q, args.Q, segment.end - segment.begin, n,
@@ -157,9 +159,11 @@ class LinearPanel {
 
   void pack(int64_t q, int64_t n, Panel* panel, int64_t subpanel) {
     if (args_.fourbit && args_.reduction_contiguous)
-      pack_fourbit_transposed<Mode>(*args_.fourbit, args_.Q, column_, columns_, q, n, panel, subpanel);
+      pack_fourbit_transposed<Mode>(*args_.fourbit, args_.Q, args_.fourbit_row + column_, columns_, q, n, panel,
+                                    subpanel);
     else if (args_.fourbit)
-      pack_fourbit_straight<Mode>(*args_.fourbit, args_.P, column_, columns_, q, n, panel, subpanel);
+      pack_fourbit_straight<Mode>(*args_.fourbit, args_.P, column_, columns_, args_.fourbit_row + q, n, panel,
+                                  subpanel);
     else if (args_.reduction_contiguous)
       pack_transposed<Mode>(W() + column_ * args_.ldw + q, args_.ldw, columns_, n, panel, subpanel);
     else
@@ -252,7 +256,7 @@ class LinearPanel {
   // segment drops; with more, each tile makes its own.
   PEFTFAST_INLINE const uint32_t* mask_words(const Segment& segment, int64_t m, int i, int64_t p) {
     uint32_t* buffer = words_ + i * (panel_columns + random_slack<S>);
-    const int64_t first = (m + i) * args_.P + column_;
+    const int64_t first = (args_.first_row + m + i) * args_.P + column_;
     if (args_.dropout.segment_count > 1) return random_words<S>(args_.dropout, segment, first + p, NR, buffer);
     if (p == 0) row_words_[i] = random_words<S>(args_.dropout, segment, first, panel_columns, buffer);
     return row_words_[i] + p;
@@ -263,7 +267,7 @@ class LinearPanel {
     if constexpr (std::is_same_v<T, float>)
       if (args_.fourbit) {
         dot_rows_fourbit<S>(X() + row_begin * args_.ldx, args_.ldx, row_end - row_begin, *args_.fourbit,
-                            args_.bf16_codes, column_, columns_, args_.Q, parked_, panel_columns);
+                            args_.bf16_codes, args_.fourbit_row + column_, columns_, args_.Q, parked_, panel_columns);
         return;
       }
     for (int64_t p = 0; p < columns_; p += 8)
@@ -344,8 +348,8 @@ void outer(const OuterArgs& args, int64_t column) {
         if (segment.threshold)
           for (int64_t i = 0; i < rows; ++i) {
             uint32_t buffer[panel_columns + random_slack<S>];
-            const uint32_t* words =
-                random_words<S>(args.dropout, segment, (m + i) * args.P + column, panel_columns, buffer);
+            const uint32_t* words = random_words<S>(args.dropout, segment, (args.first_row + m + i) * args.P + column,
+                                                    panel_columns, buffer);
             for (int64_t p = 0; p < columns; p += S::width) {
               float* x = panel + p / NR * (block * NR) + i * NR + p % NR;
               S::store(x, S::keep(S::load(x), words + p, segment.threshold));
@@ -367,8 +371,10 @@ void outer(const OuterArgs& args, int64_t column) {
   for (int s = 0; s < args.dropout.segment_count; ++s) {
     const Segment& segment = args.dropout.segments[s];
     for (int64_t j = segment.begin; j < segment.end; ++j)
-      for (int64_t p = 0; p < columns; ++p)
-        args.D[j * args.P + column + p] = sums[j * panel_columns + p] * segment.keep_scale;
+      for (int64_t p = 0; p < columns; ++p) {
+        float& D = args.D[j * args.P + column + p];
+        D = (args.accumulate ? D : 0.0f) + sums[j * panel_columns + p] * segment.keep_scale;
+      }
   }
 }
 
@@ -409,6 +415,8 @@ constexpr Table make_table() {
       {linear<S, float>, linear<S, bf16>, linear<S, f16>},
       {outer<S, float>, outer<S, bf16>, outer<S, f16>},
       {convert<S, float>, convert<S, bf16>, convert<S, f16>},
+      {combine<S, float>, combine<S, bf16>, combine<S, f16>},
+      {combine_backward<S, float>, combine_backward<S, bf16>, combine_backward<S, f16>},
       arranged_size<S>,
       arrange<S>,
       {fourbit_quantize<S, float>, fourbit_quantize<S, bf16>, fourbit_quantize<S, f16>},

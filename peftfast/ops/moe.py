@@ -1,0 +1,322 @@
+"""Linear layers over groups of rows, each with its own weight and adapter: experts, subsets of them, mixed batches."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from peftfast import _C, reference  # noqa: F401  (_C registers the operators)
+from peftfast.ops.fourbit import check_weight, parts_of
+from peftfast.ops.lora import DTYPES, KERNEL_DEVICES, check_tensors, name_of
+from peftfast.reference import FourBitWeight
+
+FORWARD = torch.ops.peftfast.grouped_linear.default
+BACKWARD = torch.ops.peftfast.grouped_linear_backward.default
+COMBINE = torch.ops.peftfast.moe_combine.default
+COMBINE_BACKWARD = torch.ops.peftfast.moe_combine_backward.default
+
+
+def grouped_linear(
+    x: Tensor,
+    weight: Tensor | FourBitWeight,
+    offsets: Tensor,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scaling: float = 1.0,
+    *,
+    experts: Tensor | None = None,
+    slots: Tensor | None = None,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    transposed: bool = False,
+    seed: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """y[i] = x[i] W[e]^T + bias[e] + scaling * dropout(x[i]) A[s]^T B[s]^T, where row i's group says e and s.
+
+    One operator serves LoRA on every expert of a mixture of experts, on a chosen few (a group's slot is -1 where its
+    expert has no adapter), a routed mixture of adapters on one weight, and batches that mix adapters. Only the weights
+    and adapters of groups that have rows are touched, in both directions; `weight` gets no gradient.
+
+    Args:
+        x: [M, K], float32, bfloat16 or float16; rows of a group follow one another. With `rows`: [T, K].
+        weight: [experts, N, K] in the dtype of x, frozen; [experts, K, N] when `transposed`; or a FourBitWeight
+            of that shape.
+        offsets: int64 [groups + 1], ascending, within [0, M]: group g is the rows offsets[g] to offsets[g + 1]. Rows
+            of no group come out as zeros.
+        lora_A: [slots, r, K] in the dtype of x or float32; None: no adapters.
+        lora_B: [slots, N, r] in the dtype of lora_A, in any strides.
+        experts: int64 [groups], the weight of each group; None: group g has weight g.
+        slots: int64 [groups], the adapter of each group, negative for none; None: group g has adapter g.
+        rows: int64 [M], row i of the product is x[rows[i]]; None: i. Their gradients add up.
+        bias: [experts, N] in the dtype of x or float32.
+        dropout: probability in [0, 1) that an element is dropped on its way into lora_A.
+        seed, compute_dtype: as in `lora_linear` and `fourbit_linear`.
+    Returns:
+        [M, N] in the dtype of x, rounded once.
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value; the message names it.
+        NotImplementedError: a second derivative is asked for.
+    """
+    _check(
+        x, weight, offsets, lora_A, lora_B, scaling, experts, slots, rows, bias, dropout, transposed, seed, compute_dtype
+    )  # fmt: skip
+    groups = offsets.numel() - 1
+    experts = torch.arange(groups, device=x.device) if experts is None else experts
+    slots = torch.arange(groups, device=x.device) if slots is None and lora_A is not None else slots
+    return call(
+        x, weight, offsets, experts, slots, lora_A, lora_B, scaling,
+        rows, bias, dropout, transposed, seed, compute_dtype,
+    )  # fmt: skip
+
+
+def call(
+    x, weight, offsets, experts, slots, lora_A, lora_B, scaling,
+    rows=None, bias=None, dropout=0.0, transposed=False, seed=None, compute_dtype=None,
+) -> Tensor:  # fmt: skip
+    """`grouped_linear` for a caller whose arguments are right: no checks but those that guard memory."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+        weight = weight.to(x.dtype) if isinstance(weight, Tensor) else weight
+    if isinstance(scaling, Tensor):
+        lora_B, scaling = lora_B * scaling.to(lora_B.dtype), 1.0
+    if slots is None:
+        slots = torch.full_like(experts, -1)
+    if device not in KERNEL_DEVICES:
+        return reference.grouped_linear(
+            x, weight, offsets, lora_A, lora_B, scaling, experts=experts, slots=slots, rows=rows,
+            bias=bias, dropout=dropout, transposed=transposed, seed=seed, compute_dtype=compute_dtype,
+        )  # fmt: skip
+    if lora_A is None or not dropout:
+        seed, dropout = None, 0.0
+    elif seed is None:
+        seed = torch.randint(2**63 - 1, (1,), device=x.device)
+    base = _parts(weight)
+    compute = name_of(compute_dtype or x.dtype)
+    return _GroupedLinear.apply(
+        x,
+        lora_A,
+        lora_B,
+        bias,
+        base,
+        transposed,
+        offsets,
+        experts,
+        slots,
+        rows,
+        scaling,
+        dropout,
+        seed,
+        compute,
+    )
+
+
+def _parts(weight: Tensor | FourBitWeight) -> tuple:
+    """The stack of weights as the operators take it."""
+    if isinstance(weight, Tensor):
+        return weight, None, None, None, None, 0, 0, "", list(weight.shape)
+    return *parts_of(weight), list(weight.shape)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """The operator and its gradient. x is kept as it came: rows are gathered again in backward, not stored."""
+
+    @staticmethod
+    def forward(
+        ctx, x, lora_A, lora_B, bias, base, transposed, offsets, experts, slots, rows, scaling, dropout, seed, compute
+    ):  # fmt: skip
+        gathered = x if rows is None else x.index_select(0, rows)
+        with torch._C._AutoDispatchBelowAutograd():
+            y, u = FORWARD(
+                gathered, *base, transposed, offsets, experts, slots, bias, lora_A, lora_B, scaling, dropout, seed,
+                compute,
+            )  # fmt: skip
+        ctx.set_materialize_grads(False)
+        # Without adapters x is not needed again, but its shape is: an expanded view keeps no more than a value.
+        kept = x if lora_A is not None else x.new_empty(1).expand(x.shape)
+        ctx.save_for_backward(kept, lora_A, lora_B, u, *base[:5], offsets, experts, slots, rows, seed, bias)
+        ctx.settings = base[5:], transposed, scaling, dropout, compute
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        grads = [None] * len(ctx.needs_input_grad)
+        if grad_y is None:
+            return tuple(grads)
+        want_x, want_A, want_B, want_bias = ctx.needs_input_grad[:4]
+        x, lora_A, lora_B, u, *parts, offsets, experts, slots, rows, seed, bias = ctx.saved_tensors
+        format, transposed, scaling, dropout, compute = ctx.settings
+        if rows is not None:
+            gathered = x.index_select(0, rows) if want_A else x[:1].expand(rows.numel(), -1)
+        else:
+            gathered = x
+        if want_x or want_A or want_B:
+            # Gradients are recorded only for create_graph; then the operator's own autograd refuses in clear words.
+            with (
+                contextlib.nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd()
+            ):
+                grad_x, grad_A, grad_B = BACKWARD(
+                    grad_y, gathered, *parts, *format, transposed, offsets, experts, slots, lora_A, lora_B, u, scaling,
+                    dropout, seed, compute, want_x, want_A, want_B,
+                )  # fmt: skip
+            if want_x and rows is not None:
+                grad_x = _sum_rows(grad_x, rows, x.shape[0])
+            grads[:3] = [grad_x if want_x else None, grad_A if want_A else None, grad_B if want_B else None]
+        if want_bias:
+            group = torch.repeat_interleave(experts, offsets.diff())
+            inside = grad_y[offsets[0] : offsets[-1]].float()
+            grads[3] = torch.zeros(bias.shape).index_add_(0, group, inside).to(bias.dtype)
+        return tuple(grads)
+
+
+def _sum_rows(grad: Tensor, rows: Tensor, count: int) -> Tensor:
+    """Row t is the sum of grad[i] over rows[i] = t: in one pass where each t occurs equally often, as tokens do."""
+    order = torch.argsort(rows, stable=True)
+    times = rows.numel() // max(count, 1)
+    if times * count == rows.numel() and torch.equal(
+        rows[order], torch.arange(count).repeat_interleave(times)
+    ):
+        return COMBINE(grad, None, order.view(count, times))
+    total = torch.zeros(count, grad.shape[1], dtype=torch.float32, device=grad.device)
+    return total.index_add_(0, rows, grad.float()).to(grad.dtype)
+
+
+def moe_combine(x: Tensor, weights: Tensor, places: Tensor) -> Tensor:
+    """y[t] = sum over k of weights[t, k] * x[places[t, k]]: what the experts of a token say, put together in fp32.
+
+    Args:
+        x: [tokens * top_k, H], float32, bfloat16 or float16.
+        weights: [tokens, top_k], any floating dtype; gets its gradient.
+        places: int64 [tokens, top_k], a permutation of the rows of x.
+    Returns:
+        [tokens, H] in the dtype of x.
+    Raises:
+        TypeError, ValueError: an argument has a wrong dtype or shape; the message names it.
+    """
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x must be float32, bfloat16 or float16, got {name_of(x.dtype)}.")
+    if not weights.dtype.is_floating_point:
+        raise TypeError(f"weights must be floating, got {name_of(weights.dtype)}.")
+    if places.dtype != torch.int64 or places.dim() != 2 or places.shape != weights.shape:
+        raise ValueError(
+            f"places must be int64 in the shape of weights, {list(weights.shape)}, "
+            f"got {name_of(places.dtype)} in {list(places.shape)}."
+        )
+    if x.dim() != 2 or x.shape[0] != places.numel():
+        raise ValueError(f"x has shape {list(x.shape)}, expected [{places.numel()}, H].")
+    if x.device.type not in KERNEL_DEVICES:
+        return reference.moe_combine(x, weights, places)
+    return _Combine.apply(x, weights, places)
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weights, places):
+        weights32 = weights.float().contiguous()
+        ctx.save_for_backward(x, weights32, places)
+        ctx.weights_dtype = weights.dtype
+        return COMBINE(x.contiguous(), weights32, places.contiguous())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y):
+        x, weights, places = ctx.saved_tensors
+        grad_x, grad_weights = COMBINE_BACKWARD(
+            grad_y, x.contiguous(), weights, places.contiguous(), ctx.needs_input_grad[1]
+        )
+        wanted = ctx.needs_input_grad[1]
+        return grad_x, grad_weights.to(ctx.weights_dtype) if wanted else None, None
+
+
+def _check(
+    x, weight, offsets, lora_A, lora_B, scaling, experts, slots, rows, bias, dropout, transposed, seed, compute_dtype
+) -> None:  # fmt: skip
+    """One sentence for each argument that is wrong."""
+    four_bit = isinstance(weight, FourBitWeight)
+    if four_bit:
+        check_weight(weight)
+    optional = {
+        "lora_A": lora_A, "lora_B": lora_B, "experts": experts, "slots": slots, "rows": rows, "bias": bias, "seed": seed,
+    }  # fmt: skip
+    given = {name: value for name, value in optional.items() if value is not None}
+    check_tensors(
+        {"x": x, "weight": weight.packed if four_bit else weight, "offsets": offsets} | given, [], []
+    )
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x must be float32, bfloat16 or float16, got {name_of(x.dtype)}.")
+    if compute_dtype is not None and compute_dtype not in DTYPES:
+        raise TypeError(f"compute_dtype must be float32, bfloat16 or float16, got {compute_dtype}.")
+    if len(weight.shape) != 3:
+        raise ValueError(f"weight must have 3 dimensions, got shape {list(weight.shape)}.")
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if not four_bit and weight.dtype != x.dtype and not autocast:
+        raise TypeError(
+            f"weight is {name_of(weight.dtype)}, but x is {name_of(x.dtype)}: they must be the same."
+        )
+    count = weight.shape[0]
+    outputs, inputs = (weight.shape[2], weight.shape[1]) if transposed else weight.shape[1:]
+    if x.dim() != 2 or x.shape[1] != inputs:
+        raise ValueError(f"x has shape {list(x.shape)}, expected [M, {inputs}].")
+    if (lora_A is None) != (lora_B is None):
+        raise ValueError("lora_A and lora_B must be given together.")
+    if lora_A is not None:
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        if lora_A.dtype not in (dtype, torch.float32):
+            raise TypeError(f"lora_A is {name_of(lora_A.dtype)}, expected {name_of(dtype)} or float32.")
+        if lora_B.dtype != lora_A.dtype:
+            raise TypeError(f"lora_B is {name_of(lora_B.dtype)}, but lora_A is {name_of(lora_A.dtype)}.")
+        if lora_A.dim() != 3 or lora_A.shape[1] == 0 or lora_A.shape[2] != inputs:
+            raise ValueError(
+                f"lora_A has shape {list(lora_A.shape)}, expected [slots, rank, {inputs}] with a rank above 0."
+            )
+        wanted = (lora_A.shape[0], outputs, lora_A.shape[1])
+        if lora_B.shape != wanted:
+            raise ValueError(f"lora_B has shape {list(lora_B.shape)}, expected {list(wanted)}.")
+    if bias is not None:
+        if bias.dtype not in (x.dtype, torch.float32):
+            raise TypeError(f"bias is {name_of(bias.dtype)}, expected {name_of(x.dtype)} or float32.")
+        if bias.shape != (count, outputs):
+            raise ValueError(f"bias has shape {list(bias.shape)}, expected [{count}, {outputs}].")
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
+        raise TypeError(f"dropout must be a number, got {type(dropout).__name__}.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}, expected a probability in [0, 1).")
+    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
+        raise ValueError(f"seed must be one int64 value, got {seed.numel()} of {name_of(seed.dtype)}.")
+
+    M = x.shape[0] if rows is None else rows.numel()
+    for name, value in {"offsets": offsets, "experts": experts, "slots": slots, "rows": rows}.items():
+        if value is not None and (value.dtype != torch.int64 or value.dim() != 1):
+            raise ValueError(
+                f"{name} must be int64 with one dimension, got {name_of(value.dtype)} in {list(value.shape)}."
+            )
+    groups = offsets.numel() - 1
+    if groups < 0:
+        raise ValueError("offsets must have an entry more than there are groups, got none.")
+    if bool((offsets.diff() < 0).any()) or offsets[0] < 0 or offsets[-1] > M:
+        raise ValueError(f"offsets must ascend within [0, {M}].")
+    slot_count = 0 if lora_A is None else lora_A.shape[0]
+    for name, value, least, most in (
+        ("experts", experts, 0, count), ("slots", slots, None, slot_count), ("rows", rows, 0, x.shape[0]),
+    ):  # fmt: skip
+        if value is None:
+            if name != "rows" and groups > most and (name == "experts" or lora_A is not None):
+                raise ValueError(f"{name} must say what each of the {groups} groups has: there are {most}.")
+            continue
+        if name != "rows" and value.numel() != groups:
+            raise ValueError(f"{name} has {value.numel()} entries, expected {groups}: one per group.")
+        if value.numel() and (value.max() >= most or (least is not None and value.min() < least)):
+            raise ValueError(f"{name} holds {int(value.min())} to {int(value.max())}, there are {most}.")
+
+
+def _no_second_derivative(ctx, *grads):
+    raise NotImplementedError(
+        "peftfast.grouped_linear has no second derivative; compute it with peftfast disabled."
+    )
+
+
+torch.library.register_autograd("peftfast::grouped_linear_backward", _no_second_derivative)
