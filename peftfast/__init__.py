@@ -8,15 +8,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 
 from peftfast import _C
 from peftfast.integrations import FallbackError, Report, accelerate, disable, enable, enabled, report
+from peftfast.integrations.after_import import after_import
 
 __version__ = _C.version
 _C.isa_in_use()  # refuses a PEFTFAST_CPU_ISA that cannot run, here rather than at the first call
 __all__ = [
     "FallbackError",
+    "FourBitConfig",
     "Report",
     "accelerate",
     "build_info",
@@ -26,6 +30,20 @@ __all__ = [
     "machine_peak",
     "report",
 ]
+
+
+def __getattr__(name: str):
+    if name == "FourBitConfig":  # on demand: transformers takes seconds to import
+        from peftfast.integrations.transformers import FourBitConfig
+
+        return FourBitConfig
+    raise AttributeError(f"module 'peftfast' has no attribute {name!r}")
+
+
+if importlib.util.find_spec("bitsandbytes") is None:  # its checkpoints are peftfast's to load, without a word
+    after_import(
+        "transformers.modeling_utils", lambda _: importlib.import_module("peftfast.integrations.transformers")
+    )
 
 
 def build_info() -> dict:

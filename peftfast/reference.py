@@ -224,7 +224,7 @@ def _quantize_absmax(centered: Tensor, offset: Tensor) -> tuple[Tensor, NestedAb
     blocks = torch.nn.functional.pad(centered, (0, size - tail if tail else 0)).view(-1, size)
     absmax = blocks.abs().amax(1) if blocks.numel() else centered.new_empty(0)
     inverse = torch.where(absmax > 0, 1.0 / absmax, 0.0)
-    unit = (blocks * inverse.unsqueeze(1)).clamp(-1, 1)
+    unit = (blocks * inverse.unsqueeze(1)).clamp(-1, 1).nan_to_num(-1.0)  # 0 times the inverse of a subnormal
     place = (((unit + 1) * 0.5).double() * 65535 + 0.5).float().long()
     grid = -1 + torch.arange(0, 131072, 2).float() / 65535
     codes = torch.bucketize(grid, (code[:-1] + code[1:]) / 2).to(torch.uint8)[place]

@@ -5,6 +5,7 @@ import inspect
 import pickle
 import re
 import statistics
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -21,6 +22,9 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftfast
+from peftfast.integrations.after_import import after_import
+from peftfast.integrations.peft import LoraLinear4bit
+from peftfast.nn.fourbit import Linear4bit
 from peftfast.testing import assert_as_accurate, relative_error
 
 VOCABULARY = 61
@@ -975,3 +979,199 @@ def test_the_op_is_called_by_nobody_unless_enabled():
     with FastCalls() as calls:
         step(build(), batch())
     assert calls.forward == calls.backward == 0
+
+
+# ------------------------------------------------------------------------ adapters on peftfast's 4-bit layers
+
+
+class FourBitCalls(FastCalls):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.forward += func is torch.ops.peftfast.fourbit_linear.default
+        self.backward += func is torch.ops.peftfast.fourbit_linear_backward.default
+        return func(*args, **(kwargs or {}))
+
+
+def fourbit_base():
+    torch.manual_seed(6)
+    net = nn.ModuleDict({"linear": nn.Linear(24, 16), "other": nn.Linear(24, 16), "dense": nn.Linear(24, 16)})
+    for name in ("linear", "other"):
+        net[name] = Linear4bit.from_linear(net[name])
+    return net
+
+
+def fourbit_net(**options):
+    options = dict(r=4, lora_alpha=6, target_modules=["linear", "other", "dense"]) | options
+    return randomize(get_peft_model(fourbit_base(), LoraConfig(**options)), ["lora_B"])
+
+
+def weight_with_adapters(layer, *names):
+    """In float64: what merging should make of the base weight."""
+    weight = layer.get_base_layer().dequantize(torch.float32).double()
+    for name in names:
+        A, B = layer.lora_A[name].weight.double(), layer.lora_B[name].weight.double()
+        weight = weight + layer.scaling[name] * B @ A
+    return weight
+
+
+def test_fourbit_layer_is_given_its_own_lora_layer():
+    """Whether peftfast is enabled or not; dense layers get PEFT's."""
+    for _ in range(2):
+        kinds = {
+            name.split(".")[-1]: type(m)
+            for name, m in fourbit_net().named_modules()
+            if isinstance(m, LoraLayer)
+        }
+        assert kinds == {"linear": LoraLinear4bit, "other": LoraLinear4bit, "dense": lora.Linear}
+        peftfast.enable()
+
+
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+def test_fourbit_step(dtype, compute_dtype, autocast):
+    model = fourbit_net()
+    layer, oracle = linear(model), copy.deepcopy(linear(model)).double()
+    layer.base_layer.compute_dtype = compute_dtype
+    oracle.base_layer = nn.Linear(24, 16)
+    oracle.base_layer.weight.data = weight_with_adapters(layer)
+    oracle.base_layer.bias.data = layer.base_layer.bias.double()
+    oracle.__class__ = lora.Linear
+    x = torch.randn(30, 24).to(dtype)
+
+    def results(layer, x, autocast=None):
+        layer.zero_grad()
+        x = x.detach().requires_grad_()
+        with torch.autocast("cpu", dtype=autocast) if autocast else nullcontext():
+            y = layer(x)
+        grad_y = torch.randint(-64, 65, y.shape, generator=torch.Generator().manual_seed(5)) / 32
+        y.backward(grad_y.to(y.dtype))  # exact in every dtype
+        factors = {name: p.grad for name, p in layer.named_parameters() if "lora" in name}
+        return {"output": y.detach(), "input": x.grad} | factors
+
+    exact, stock = results(oracle, x.double()), results(layer, x, autocast)
+    with peftfast.enabled(strict=True), FourBitCalls() as calls:
+        ours = results(layer, x, autocast)
+    assert (calls.forward, calls.backward) == (1, 1)
+    assert len(exact) == 4
+    for name in exact:
+        assert ours[name].dtype == stock[name].dtype
+        assert_as_accurate(ours[name], stock[name], exact[name], slack=1e-7, name=name)
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* quantized anew")
+@pytest.mark.parametrize("safe", [False, True], ids=["", "safe"])
+def test_fourbit_merge_and_unmerge(safe):
+    model = fourbit_net(lora_bias=True)
+    model.add_adapter("second", LoraConfig(r=3, target_modules=["linear"]))
+    randomize(model, ["second"])
+    layer, base = linear(model), linear(model).get_base_layer()
+    expected, before = weight_with_adapters(layer, "default", "second"), base.dequantize(torch.float32)
+    bias = base.bias.clone()
+    model.merge_adapter(["default", "second"], safe_merge=safe)
+    assert layer.merged_adapters == ["default", "second"]
+    assert type(base) is Linear4bit and base.weight.dtype == torch.uint8
+    error = relative_error(base.dequantize(torch.float32), expected)
+    assert 0.02 < error < 0.15 and layer.requantization_error == pytest.approx(error, rel=1e-3)
+    torch.testing.assert_close(base.bias, bias + layer.scaling["default"] * layer.lora_B["default"].bias)
+    x = torch.randn(5, 24)
+    with peftfast.enabled():
+        torch.testing.assert_close(layer(x), x @ base.dequantize(torch.float32).T + base.bias)
+    model.unmerge_adapter()
+    assert not layer.merged
+    assert relative_error(base.dequantize(torch.float32), before) < 0.3
+    torch.testing.assert_close(base.bias, bias)
+
+
+def test_fourbit_merge_warns_of_the_error():
+    """Once for layers that are alike, and again for one that is clearly worse."""
+    model = fourbit_net()
+    with pytest.warns(UserWarning) as warned:
+        model.merge_adapter()
+    first, *more = [str(w.message) for w in warned if "quantized anew" in str(w.message)]
+    layer = linear(model)
+    assert "model.linear" in first and f"{layer.requantization_error:.2%}" in first and not more
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* quantized anew")
+def test_fourbit_merge_and_unload():
+    model = fourbit_net()
+    expected = weight_with_adapters(linear(model), "default")
+    plain = model.merge_and_unload()
+    assert type(plain["linear"]) is Linear4bit
+    assert relative_error(plain["linear"].dequantize(torch.float32), expected) < 0.15
+    assert not any("lora" in name for name in plain.state_dict())
+
+
+def test_fourbit_merge_of_a_broken_adapter_changes_nothing():
+    model = fourbit_net()
+    model.add_adapter("second", LoraConfig(r=3, target_modules=["linear"]))
+    layer = linear(model)
+    layer.lora_B["second"].weight.data[3, 1] = torch.nan
+    before = copy.deepcopy(model.state_dict())
+    for safe in (False, True):
+        with pytest.raises(ValueError, match="second.*not finite"):
+            layer.merge(safe_merge=safe, adapter_names=["default", "second"])
+    assert not layer.merged
+    for name, value in model.state_dict().items():
+        assert torch.equal(value.nan_to_num(), before[name].nan_to_num()), name
+
+
+def test_fourbit_options_that_need_the_dense_weight_are_refused():
+    for options in (dict(use_dora=True), dict(init_lora_weights="pissa"), dict(init_lora_weights="mica")):
+        with pytest.raises((ValueError, TypeError)):
+            fourbit_net(**options)
+    with pytest.raises(ValueError, match="loftq"):
+        linear(fourbit_net()).loftq_init("default", None)
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_fourbit_life(enabled, tmp_path):
+    """Keys, files and copies are those of PEFT's own layer on a dense weight."""
+    if enabled:
+        peftfast.enable(strict=True)
+    model, x = fourbit_net(lora_dropout=0.1).eval(), torch.randn(5, 24)
+    twin = randomize(get_peft_model(nn.ModuleDict({n: nn.Linear(24, 16) for n in ("linear", "other", "dense")}),
+                          LoraConfig(r=4, target_modules=["linear", "other", "dense"])))  # fmt: skip
+    assert [n for n in model.state_dict() if "lora" in n] == [n for n in twin.state_dict() if "lora" in n]
+    expected = linear(model)(x)
+    assert relative_error(expected, x.double() @ weight_with_adapters(linear(model), "default").T
+                          + linear(model).base_layer.bias.double()) < 1e-6  # fmt: skip
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(fourbit_base(), tmp_path)
+    assert type(linear(loaded)) is LoraLinear4bit
+    for same in (loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(linear(same)(x), expected)
+    model.add_adapter("second", LoraConfig(r=3, target_modules=["linear"]))
+    randomize(model, ["second"])
+    model.set_adapter("second")
+    assert not torch.equal(linear(model)(x), expected)
+    with model.disable_adapter():
+        torch.testing.assert_close(linear(model)(x), linear(model).base_layer(x))
+    model.delete_adapter("second")
+    model.set_adapter("default")
+    assert torch.equal(linear(model)(x), expected)
+
+
+def test_fourbit_report():
+    model = fourbit_net()
+    with peftfast.enabled():
+        assert {e.name.split(".")[-1]: (e.kind, e.fast) for e in peftfast.report(model)} == {
+            "linear": ("lora.LoraLinear4bit", True),
+            "other": ("lora.LoraLinear4bit", True),
+            "dense": ("lora.Linear", True),
+        }
+        linear(model).lora_B["default"].register_forward_hook(double_the_output)
+        assert not entry(model, "linear").fast and "hook" in entry(model, "linear").reason
+
+
+def test_after_import(tmp_path, monkeypatch):
+    """PEFT learns of the layer whenever it is imported, before peftfast or after it."""
+    (tmp_path / "imported_later.py").write_text("value = 3")
+    monkeypatch.syspath_prepend(tmp_path)
+    seen, finders = [], list(sys.meta_path)
+    after_import("json", lambda module: seen.append(module.dumps(1)))
+    after_import("imported_later", lambda module: seen.append(module.value))
+    assert seen == ["1"]
+    import imported_later  # noqa: F401
+
+    assert seen == ["1", 3] and sys.meta_path == finders

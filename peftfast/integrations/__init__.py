@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from types import ModuleType
 
 from torch import nn
 
+from peftfast.integrations import forwards
+from peftfast.integrations.after_import import after_import
+from peftfast.integrations.forwards import FallbackError
 
-class FallbackError(RuntimeError):
-    """Under `strict`: a layer cannot run on the fast path. The message names the layer and the reason."""
+__all__ = ["FallbackError", "LayerReport", "Report", "accelerate", "disable", "enable", "enabled", "report"]
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One adapted layer: its name in the model, its class, whether the fast path runs, and if not, why."""
+    """One layer: its name in the model, its class, whether the fast path runs, and if not, why."""
 
     name: str
     kind: str
@@ -40,11 +44,11 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """One line: how many of the adapted layers run on the fast path."""
+        """One line: how many of the layers run on the fast path."""
         if not self.layers:
             return "peftfast: the model has no adapted layers"
         fast = sum(layer.fast for layer in self.layers)
-        return f"peftfast: {fast} of {len(self.layers)} adapted layers on the fast path"
+        return f"peftfast: {fast} of {len(self.layers)} adapted or 4-bit layers on the fast path"
 
     def __str__(self) -> str:
         """The summary, then each reason with the layers that it holds for."""
@@ -60,55 +64,91 @@ class Report:
 
 
 def enable(strict: bool = False) -> None:
-    """Runs the adapted layers of every model on the fused operators, wrapped before or after this call.
+    """Runs PEFT's adapted layers and bitsandbytes' 4-bit layers of every model on the fused operators.
+
+    Whether a model is made or wrapped before or after this call makes no difference.
 
     Args:
         strict: a layer that cannot run on the fast path raises `FallbackError` instead of running its own code.
     """
-    from peftfast.integrations import peft
-
-    peft.restore(replace(peft.switch, everywhere=True, strict=strict))
+    forwards.restore(replace(forwards.switch, everywhere=True, strict=strict))
 
 
 def disable() -> None:
     """Puts every patched method back as it was, also for models given to `accelerate`."""
-    from peftfast.integrations import peft
-
-    peft.uninstall()
+    forwards.uninstall()
 
 
 @contextlib.contextmanager
 def enabled(strict: bool = False) -> Iterator[None]:
     """`enable()` for the length of a with block; then whatever held before."""
-    from peftfast.integrations import peft
-
-    before = peft.switch
+    before = forwards.switch
     enable(strict)
     try:
         yield
     finally:
-        peft.restore(replace(before, accelerated=peft.switch.accelerated))
+        forwards.restore(replace(before, accelerated=forwards.switch.accelerated))
 
 
 def accelerate(model: nn.Module, strict: bool = False) -> nn.Module:
-    """Runs the adapted layers that `model` has now on the fused operators and leaves all other models alone.
+    """Runs the adapted and 4-bit layers that `model` has now on the fused operators and leaves all other models alone.
 
     Returns:
         `model` itself. A deepcopy of it is accelerated too.
     Raises:
-        ValueError: the model has no adapted layers.
+        ValueError: the model has neither.
     """
-    from peftfast.integrations import peft
-
-    peft.mark(model, strict)
+    layers = [layer for _, layer, _ in _layers(model)]
+    if not layers:
+        raise ValueError(
+            "model has no LoRA layers of PEFT and no 4-bit layers of bitsandbytes: "
+            "call get_peft_model before accelerate."
+        )
+    for layer in layers:
+        forwards.mark(layer, strict)
+    forwards.restore(replace(forwards.switch, accelerated=True))
     return model
 
 
 def report(model: nn.Module) -> Report:
-    """Which path each adapted layer of `model` runs, as things stand now, and the reason for every fallback.
+    """Which path each adapted layer and each 4-bit layer of bitsandbytes runs, as things stand, and why it falls back.
 
-    What only shows with an input (its dtype, say) is known once the layer has run.
+    A 4-bit layer under an adapter is an entry of its own only where the two do not run as one. What only shows with
+    an input (its dtype, say) is known once the layer has run.
     """
-    from peftfast.integrations import peft
+    found, fused_with_adapter = [], set()
+    for name, layer, library in _layers(model):
+        if layer in fused_with_adapter:
+            continue
+        on, _ = forwards.in_force(layer)
+        reason = library.why_not(layer) if on else "peftfast is not enabled"
+        found.append(LayerReport(name, f"{library.NAME}.{type(layer).__name__}", reason is None, reason))
+        if reason is None:
+            fused_with_adapter.add(getattr(layer, "base_layer", None))
+    return Report(found)
 
-    return Report(list(peft.inspect(model)))
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModuleType]]:
+    """Name, layer and the integration that knows it, of all layers that might be fused, adapters before their bases."""
+    libraries = forwards.libraries()
+    for name, layer in model.named_modules():
+        for library in libraries:
+            if isinstance(layer, library.LAYER):
+                yield name, layer, library
+
+
+def _teach_peft(model: ModuleType) -> None:
+    """PEFT asks one function after the other for the LoRA layer of a base layer: here the last learns of Linear4bit."""
+    default = model.dispatch_default
+
+    @functools.wraps(default)
+    def dispatch(target, adapter_name, config, parameter_name=None, **kwargs):
+        from peftfast.integrations import peft
+
+        layer = peft.layer_for(target, adapter_name, config, **kwargs) if parameter_name is None else None
+        return layer or default(target, adapter_name, config, parameter_name=parameter_name, **kwargs)
+
+    model.dispatch_default = dispatch
+
+
+after_import("peft.tuners.lora.model", _teach_peft)

@@ -1,5 +1,6 @@
 """Thin modules over the operators, for those who use no PEFT."""
 
+from peftfast.nn.fourbit import Linear4bit, quantize_linears
 from peftfast.nn.lora import LoraLinear
 
-__all__ = ["LoraLinear"]
+__all__ = ["Linear4bit", "LoraLinear", "quantize_linears"]

@@ -57,6 +57,8 @@ def fourbit_quantize(
     """
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a tensor, got {type(weight).__name__}.")
+    if weight.layout is not torch.strided:
+        raise TypeError(f"weight must be a dense tensor, got layout {name_of(weight.layout)}.")
     if weight.dtype not in DTYPES:
         raise TypeError(f"weight must be float32, bfloat16 or float16, got {name_of(weight.dtype)}.")
     _check_format(quant_type, blocksize)
@@ -139,15 +141,19 @@ def check_weight(weight: FourBitWeight, name: str = "weight") -> None:
             ("nested offset", nested.offset, torch.float32, 1),
         ]
     for part, tensor, dtype, size in wanted:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: {part} must be a tensor, got {type(tensor).__name__}.")
         if dtype is not None and tensor.dtype != dtype:
             raise TypeError(f"{name}: {part} must be {name_of(dtype)}, got {name_of(tensor.dtype)}.")
-        found = tensor.nbytes if dtype is None else tensor.numel()
+        found = tensor.numel() * (tensor.element_size() if dtype is None else 1)
         if found != size:
             unit = "bytes" if dtype is None else "elements"
             raise ValueError(
                 f"{name}: {part} has {found} {unit}, expected {size} for shape {list(weight.shape)} "
                 f"in blocks of {weight.blocksize}."
             )
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: {part} must be contiguous, got strides {list(tensor.stride())}.")
         if tensor.device != weight.packed.device:
             raise ValueError(
                 f"{name}: {part} is on {tensor.device}, but packed is on {weight.packed.device}."
@@ -292,8 +298,8 @@ class _FourBitLinear(torch.autograd.Function):
         if grad_y is None:
             return tuple(grads)
         want_x, want_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[_FourBitLinear.BIAS]
-        x, *parts, u, seed = ctx.saved_tensors[:8]
-        factors = ctx.saved_tensors[8:]
+        saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no more
+        (x, *parts, u, seed), factors = saved[:8], saved[8:]
         count = len(factors) // 2
         want_factors = ctx.needs_input_grad[place:]
         if want_x or any(want_factors):

@@ -141,7 +141,7 @@ class LinearPanel {
     for (int64_t q = 0; q < std::max<int64_t>(1, args_.Q); q += block) {
       const int64_t n = std::min(block, args_.Q - q);
       const int64_t subpanel = (n + Mode::unit - 1) / Mode::unit * Mode::panel_rows * NR;
-      pack(q, n, panel, subpanel);
+      if (n > 0) pack(q, n, panel, subpanel);  // a 4-bit weight of no elements has no scales to read
       for_tiles(row_begin, row_end, [&](auto rows_of_tile, int64_t m, int64_t p) {
         tile<rows_of_tile.value>(m, p, panel + p / NR * subpanel, q, n, q == 0, q + n >= args_.Q);
       });

@@ -1,0 +1,303 @@
+"""4-bit models in transformers: quantized while they load, and bitsandbytes' checkpoints read and written without it.
+
+Importing this module registers `FourBitConfig` with transformers. Where bitsandbytes is not installed, it also takes
+its place: checkpoints and configurations of bitsandbytes' 4-bit kind then load into `peftfast.nn.Linear4bit`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from copy import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.modeling_utils import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    AutoHfQuantizer,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from peftfast.nn.fourbit import ENTRIES, Linear4bit, check_format, unpack_state
+from peftfast.ops.lora import name_of
+
+METHOD = "peftfast_4bit"
+
+
+@register_quantization_config(METHOD)
+@dataclass
+class FourBitConfig(QuantizationConfigMixin):
+    """Loads a model with its linear layers in 4 bits, or a model that bitsandbytes saved so, without bitsandbytes.
+
+        AutoModelForCausalLM.from_pretrained(name, quantization_config=peftfast.FourBitConfig())
+
+    A dense checkpoint is quantized while it loads, tensor by tensor. Of one that is in 4 bits already, the bytes stay
+    as they are, and of this configuration only `compute_dtype` is used. What `save_pretrained` writes, bitsandbytes
+    reads.
+
+    Args:
+        quant_type: "nf4" or "fp4".
+        blocksize: elements of the flattened weight to one scale; a power of two from 32 to 4096.
+        nested: the scales are quantized too, to 8 bits ("double quantization").
+        compute_dtype: of the products; None: that which the checkpoint names, else the model's. A float32 in a
+            checkpoint names nothing: it is what bitsandbytes writes when nobody chose.
+        skip_modules: names of modules that stay dense, as in transformers' BitsAndBytesConfig. None: the output
+            embeddings. What shares its weight with the embeddings stays dense in any case.
+    Raises:
+        TypeError, ValueError: an argument is not usable; the message names it.
+    """
+
+    quant_type: str = "nf4"
+    blocksize: int = 64
+    nested: bool = True
+    compute_dtype: torch.dtype | str | None = None
+    skip_modules: list[str] | None = None
+
+    quant_method: str = field(default=METHOD, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.compute_dtype, str):
+            self.compute_dtype = getattr(torch, self.compute_dtype, self.compute_dtype)
+        check_format(self.quant_type, self.blocksize, self.nested, self.compute_dtype)
+        if self.skip_modules is not None and (
+            isinstance(self.skip_modules, str) or not all(isinstance(name, str) for name in self.skip_modules)
+        ):
+            raise TypeError(f"skip_modules must be None or a list of names, got {self.skip_modules!r}.")
+
+    def to_dict(self) -> dict:
+        """What config.json says of it: a configuration of bitsandbytes', and the block size, which it reads nowhere."""
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": self.quant_type,
+            "bnb_4bit_blocksize": self.blocksize,
+            "bnb_4bit_use_double_quant": self.nested,
+            "bnb_4bit_compute_dtype": self.compute_dtype and name_of(self.compute_dtype),
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": self.skip_modules,
+        }
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs):
+        """Of a configuration in bitsandbytes' form, such as `to_dict` gives.
+
+        Raises:
+            ValueError: it is of another kind; the message says of which.
+        """
+        if not config_dict.get("load_in_4bit"):
+            kind = "8 bits" if config_dict.get("load_in_8bit") else config_dict.get("quant_method")
+            raise ValueError(
+                f"FourBitConfig reads bitsandbytes' 4-bit checkpoints, but this one is in {kind}."
+            )
+        compute_dtype = config_dict.get("bnb_4bit_compute_dtype")
+        config = cls(
+            quant_type=config_dict.get("bnb_4bit_quant_type", "fp4"),
+            blocksize=config_dict.get("bnb_4bit_blocksize", 64),
+            nested=config_dict.get("bnb_4bit_use_double_quant", False),
+            compute_dtype=None if compute_dtype == "float32" else compute_dtype,
+            skip_modules=config_dict.get("llm_int8_skip_modules"),
+        )
+        return (config, kwargs) if return_unused_kwargs else config
+
+
+@register_quantizer(METHOD)
+class FourBitHfQuantizer(HfQuantizer):
+    """Puts `Linear4bit` in the place of linear layers while transformers loads a model."""
+
+    def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs) -> None:
+        if isinstance(quantization_config, FourBitConfig):
+            config = copy(quantization_config)  # facts of the model go into it; the caller may use his again
+        else:
+            config = FourBitConfig.from_dict(quantization_config.to_dict())
+        super().__init__(config, **kwargs)
+        # transformers swallows what a conversion raises: kept here until all is loaded.
+        self.error: Exception | None = None
+        # Layers whose dense weights are Conv1D's, [in_features, out_features].
+        self.transposed: set[Linear4bit] = set()
+
+    is_trainable = True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def quantized_element_size(self) -> float | None:
+        """Bytes that an element of a weight will take, by which transformers places layers on devices."""
+        return None if self.pre_quantized else 0.5
+
+    def validate_environment(self, device_map=None, **kwargs) -> None:
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError("device_map sends modules to disk, where a 4-bit model cannot be offloaded.")
+
+    def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
+        module, name = get_module_from_name(model, param_name)
+        return isinstance(module, Linear4bit) and name == "weight"
+
+    def _process_model_before_weight_loading(self, model, **kwargs) -> None:
+        config = self.quantization_config
+        if config.compute_dtype is None:
+            config.compute_dtype = model.dtype
+        if config.skip_modules is not None:
+            tied = model.all_tied_weights_keys
+            shared = {key.removesuffix(".weight") for key in (*tied, *tied.values())}
+            config.skip_modules = sorted({*config.skip_modules, *shared})
+        skip = self.get_modules_to_not_convert(model, config.skip_modules, model._keep_in_fp32_modules)
+        for name, module in list(model.named_modules()):
+            if not (type(module) is nn.Linear or isinstance(module, Conv1D)):
+                continue
+            if should_convert_module(name, skip):
+                shape = module.weight.shape if isinstance(module, Conv1D) else reversed(module.weight.shape)
+                layer = Linear4bit(
+                    *shape, module.bias is not None, quant_type=config.quant_type, blocksize=config.blocksize,
+                    nested=config.nested, compute_dtype=config.compute_dtype, device="meta", dtype=module.weight.dtype,
+                )  # fmt: skip
+                if not self.pre_quantized:  # transformers casts what it loads to the dtype that it finds
+                    layer.weight = nn.Parameter(module.weight.detach(), requires_grad=False)
+                if isinstance(module, Conv1D):
+                    self.transposed.add(layer)
+                # No initialization by transformers, which would draw normal values into the bytes.
+                layer._is_hf_initialized = True
+                model.set_submodule(name, layer)
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        if self.error is not None:
+            raise self.error
+        self.transposed.clear()
+        # Saving is no loading in reverse: the layers write their entries themselves.
+        model._weight_conversions = [
+            conversion
+            for conversion in model._weight_conversions
+            if not any(isinstance(operation, _Fill) for operation in getattr(conversion, "operations", ()))
+        ]
+        config = self.quantization_config
+        for name, module in model.named_modules():
+            if isinstance(module, Linear4bit):
+                if module.is_empty:
+                    raise ValueError(f"{name}.weight is missing from the checkpoint.")
+                if module.bias is not None and not getattr(module.bias, "_is_hf_initialized", False):
+                    nn.init.zeros_(module.bias)  # as transformers does where a bias is missing, and has told
+                config.quant_type, config.blocksize = module.quant_type, module.blocksize
+                config.nested = module.nested
+        model.is_loaded_in_4bit = True
+        return model
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantize(self)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        names = [
+            f"weight{entry}" for entry in reversed(ENTRIES)
+        ]  # the shortest last: the first that fits is taken
+        return [WeightConverter(names, "weight", [_Deserialize(self)])] if self.pre_quantized else []
+
+    def _dequantize(self, model, dtype: torch.dtype | None = None):
+        for name, module in list(model.named_modules()):
+            if isinstance(module, Linear4bit):
+                with torch.device("meta"):
+                    layer = nn.Linear(module.in_features, module.out_features, bias=False)
+                layer.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
+                layer.bias = module.bias
+                model.set_submodule(name, layer.train(module.training))
+        model.is_loaded_in_4bit = False
+        return model
+
+
+class _Fill(ConversionOps):
+    """Fills layers; the first error is kept for the end of the loading, and spares what comes after it."""
+
+    target: str | None = None  # the name that transformers expects of a result, where not the full one
+
+    def __init__(self, hf_quantizer: FourBitHfQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def __deepcopy__(self, memo: dict) -> _Fill:
+        return self  # transformers makes a copy for each weight; the errors are to be found in one place
+
+    def convert(self, input_dict: dict, model=None, full_layer_name: str | None = None, **kwargs) -> dict:
+        state = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        module, _ = get_module_from_name(model, full_layer_name)
+        weight = None
+        if self.hf_quantizer.error is None:
+            try:
+                weight = self.fill(model, module, state, full_layer_name)
+            except (TypeError, ValueError) as error:
+                self.hf_quantizer.error = error
+        if weight is None:  # nobody will see it, but transformers goes on with it to the end
+            weight = torch.empty_like(model.get_parameter_or_buffer(full_layer_name), device="cpu")
+        return {self.target or full_layer_name: weight}
+
+
+class _Quantize(_Fill):
+    """A layer from its dense weight."""
+
+    def fill(self, model, layer: Linear4bit, state: dict, name: str) -> Tensor:
+        (dense,) = state.values()
+        layer.assign(layer.quantize(dense.T if layer in self.hf_quantizer.transposed else dense, name))
+        return layer.weight
+
+
+class _Deserialize(_Fill):
+    """A layer from the entries of its 4-bit weight. transformers brings the weights of all other modules here too."""
+
+    target = "weight"
+
+    def fill(self, model, module: nn.Module, state: dict, name: str) -> Tensor:
+        state = {key.removeprefix("weight"): value for key, value in state.items()}
+        if isinstance(module, Linear4bit):
+            module.assign(unpack_state(state, (module.out_features, module.in_features), name))
+            return module.weight
+        if list(state) != [""]:
+            raise ValueError(
+                f"{name} is in 4 bits in the checkpoint, but dense in the model: see skip_modules."
+            )
+        if any(part in name for part in model._get_dtype_plan(model.dtype)):  # what stays in float32
+            return state[""]
+        return state[""].to(
+            model.get_parameter_or_buffer(name).dtype
+        )  # transformers itself casts no weight that it brings here
+
+
+def _merge(
+    quantization_config, quantization_config_from_args, original=AutoHfQuantizer.merge_quantization_configs
+):
+    """transformers refuses a checkpoint's configuration and a caller's of two classes; ours reads bitsandbytes'."""
+    if not isinstance(quantization_config_from_args, FourBitConfig):
+        return original(quantization_config, quantization_config_from_args)
+    if not isinstance(quantization_config, dict):
+        quantization_config = quantization_config.to_dict()
+    config = FourBitConfig.from_dict(quantization_config)
+    config.compute_dtype = quantization_config_from_args.compute_dtype or config.compute_dtype
+    return config
+
+
+def _num_parameters(
+    self,
+    only_trainable: bool = False,
+    exclude_embeddings: bool = False,
+    original=PreTrainedModel.num_parameters,
+) -> int:
+    """transformers imports bitsandbytes to know 4-bit weights, and would count each byte of ours as one parameter."""
+    layers = [module for module in self.modules() if isinstance(module, Linear4bit)]
+    if not layers:
+        return original(self, only_trainable, exclude_embeddings)
+    marked, self.is_loaded_in_4bit = getattr(self, "is_loaded_in_4bit", False), False
+    try:
+        count = original(self, only_trainable, exclude_embeddings)
+    finally:
+        self.is_loaded_in_4bit = marked
+    hidden = sum(layer.in_features * layer.out_features - layer.weight.numel() for layer in layers)
+    return count if only_trainable else count + hidden
+
+
+AutoHfQuantizer.merge_quantization_configs = staticmethod(_merge)
+PreTrainedModel.num_parameters = _num_parameters
+if importlib.util.find_spec("bitsandbytes") is None:
+    AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = FourBitHfQuantizer

@@ -1,0 +1,423 @@
+"""A frozen linear layer over a 4-bit weight, and its entries in a checkpoint: those of bitsandbytes, without it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from peftfast.ops import FourBitWeight, NestedAbsmax, fourbit_dequantize, fourbit_linear, fourbit_quantize
+from peftfast.ops.fourbit import check_weight
+from peftfast.ops.lora import DTYPES, name_of
+from peftfast.reference import FOURBIT_BLOCKSIZES, FOURBIT_CODEBOOKS
+
+QUANT_STATE = ".quant_state.bitsandbytes__"  # followed by the quant type
+# What follows a weight's name in a checkpoint; nothing: the packed weight itself.
+PLAIN_ENTRIES = ("", ".absmax", ".quant_map")
+NESTED_ENTRIES = (".nested_absmax", ".nested_quant_map")
+ENTRIES = (*PLAIN_ENTRIES, *NESTED_ENTRIES, *(QUANT_STATE + quant_type for quant_type in FOURBIT_CODEBOOKS))
+
+
+class Linear4bit(nn.Linear):
+    """y = x W^T + bias with a frozen W in bitsandbytes' 4-bit format   (Dettmers et al., QLoRA, NeurIPS 2023).
+
+    Its `state_dict` is, byte for byte, that of `bitsandbytes.nn.Linear4bit`; bitsandbytes is not needed. Casting the
+    module casts the bias alone. `Linear4bit(...)` is empty until `load_state_dict` or `set_weight` fills it;
+    `from_linear` and `from_quantized` make one that is filled.
+
+    Attributes:
+        weight: uint8 [ceil(out_features * in_features / 2), 1], two codes to a byte, frozen.
+        bias: [out_features] or None, frozen.
+        quant_type: "nf4" or "fp4".
+        blocksize: elements of the flattened weight to one scale; a power of two from 32 to 4096.
+        nested: whether the scales are quantized too, to 8 bits ("double quantization").
+        compute_dtype: of the product; None: the dtype of the input.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+        nested: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """An empty layer; `dtype` is that of the bias.
+
+        Raises:
+            TypeError, ValueError: an argument is not usable; the message names it.
+        """
+        nn.Module.__init__(self)  # nn.Linear's own would allocate a dense weight
+        check_format(quant_type, blocksize, nested, compute_dtype)
+        self.in_features, self.out_features = in_features, out_features
+        self.quant_type, self.blocksize, self.nested = quant_type, blocksize, nested
+        self.compute_dtype = compute_dtype
+        size = (in_features * out_features + 1) // 2
+        packed = torch.empty(size, 1, dtype=torch.uint8, device=device)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.register_parameter("bias", None)
+        if bias:
+            self.bias = nn.Parameter(
+                torch.empty(out_features, dtype=dtype, device=device), requires_grad=False
+            )
+        self._quantized: FourBitWeight | None = None  # its `packed` is `weight`
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+        nested: bool = True,
+        compute_dtype: torch.dtype | None = None,
+    ) -> Linear4bit:
+        """`linear` with its weight in 4 bits; the bias is shared.
+
+        Raises:
+            TypeError, ValueError: an argument is not usable, or the weight is not finite; the message names it.
+        """
+        if not isinstance(linear, nn.Linear) or isinstance(linear, Linear4bit):
+            raise TypeError(f"linear must be a dense torch.nn.Linear, got {type(linear).__name__}.")
+        layer = cls(
+            linear.in_features, linear.out_features, bias=False, quant_type=quant_type, blocksize=blocksize,
+            nested=nested, compute_dtype=compute_dtype, device="meta",
+        )  # fmt: skip
+        layer.assign(layer.quantize(linear.weight))
+        layer._share_bias(linear.bias)
+        return layer.train(linear.training)
+
+    @classmethod
+    def from_quantized(
+        cls, quantized: FourBitWeight, bias: Tensor | None = None, compute_dtype: torch.dtype | None = None
+    ) -> Linear4bit:
+        """The layer of a weight that is quantized already; it and the bias are shared, not copied.
+
+        Raises:
+            TypeError, ValueError: an argument is not usable; the message names it.
+        """
+        check_weight(quantized, "quantized")
+        if len(quantized.shape) != 2:
+            raise ValueError(f"quantized must have 2 dimensions, got shape {list(quantized.shape)}.")
+        out_features, in_features = quantized.shape
+        if bias is not None and bias.shape != (out_features,):
+            raise ValueError(f"bias has shape {list(bias.shape)}, expected [{out_features}].")
+        layer = cls(in_features, out_features, bias=False, compute_dtype=compute_dtype, device="meta")
+        layer.assign(quantized)
+        layer._share_bias(bias)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features] in the dtype of x."""
+        bias = self.bias
+        if bias is not None and bias.dtype is not x.dtype:
+            bias = bias.float()  # exact, and fits every x
+        return fourbit_linear(x, self.quantized_weight, bias=bias, compute_dtype=self.compute_dtype)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has filled the weight yet."""
+        return self._quantized is None
+
+    @property
+    def quantized_weight(self) -> FourBitWeight:
+        """The weight as the operators take it, for every call anew: parameters are replaced at any time.
+
+        Raises:
+            RuntimeError: the layer is empty.
+        """
+        quantized, weight = self._quantized, self.weight
+        if quantized is None:
+            raise RuntimeError("The Linear4bit has no weight yet: fill it by load_state_dict or set_weight.")
+        if quantized.packed is not weight:
+            quantized = self._quantized = replace(quantized, packed=weight)
+        return quantized
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight, [out_features, in_features], in `dtype`; None: that which it had before it was quantized."""
+        return fourbit_dequantize(self.quantized_weight, dtype)
+
+    @torch.no_grad()
+    def set_weight(self, dense: Tensor) -> float:
+        """Quantizes `dense` into this layer, whose quant type, block size and nesting stay.
+
+        Args:
+            dense: [out_features, in_features], float32, bfloat16 or float16.
+        Returns:
+            The error of doing so: ‖dequantized - dense‖ / ‖dense‖.
+        Raises:
+            TypeError, ValueError: `dense` is not usable or not finite; the layer stays as it was.
+        """
+        quantized = self.quantize(dense, "dense")
+        distance = torch.linalg.vector_norm(fourbit_dequantize(quantized, torch.float32).sub_(dense))
+        norm = torch.linalg.vector_norm(dense, dtype=torch.float32)
+        self.assign(quantized if self.weight.is_meta else quantized.to(self.weight.device))
+        return (distance / norm).item() if norm > 0 else 0.0
+
+    def quantize(self, dense: Tensor, name: str = "weight") -> FourBitWeight:
+        """`dense` in this layer's format; the layer stays as it is. Errors speak of `dense` as `name`.
+
+        Raises:
+            TypeError, ValueError: `dense` is not usable or not finite.
+        """
+        shape = (self.out_features, self.in_features)
+        if not isinstance(dense, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(dense).__name__}.")
+        if dense.shape != shape:
+            raise ValueError(f"{name} has shape {list(dense.shape)}, expected {list(shape)}.")
+        if dense.is_meta:
+            raise ValueError(f"{name} is on the meta device, which holds no values to quantize.")
+        how = dict(quant_type=self.quant_type, blocksize=self.blocksize, nested=self.nested)
+        try:
+            quantized = fourbit_quantize(dense, **how)
+        except (TypeError, ValueError) as error:
+            raise type(error)(str(error).replace("weight", name, 1)) from None
+        # What `dequantize` gives by default, and the checkpoint says, stays too.
+        return quantized if self._quantized is None else replace(quantized, dtype=self._quantized.dtype)
+
+    def assign(self, quantized: FourBitWeight) -> None:
+        """Makes `quantized`, of this layer's shape, the weight: shared and not copied, in a new parameter."""
+        packed = quantized.packed.detach().reshape(-1).view(torch.uint8).unsqueeze(1)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self._quantized = replace(quantized, packed=self.weight)
+        self.quant_type, self.blocksize = quantized.quant_type, quantized.blocksize
+        self.nested = quantized.nested is not None
+
+    def _share_bias(self, bias: Tensor | None) -> None:
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach(), requires_grad=False)
+
+    def _apply(self, fn, recurse: bool = True) -> Linear4bit:
+        """Where `.to`, `.half` and the like end: what describes the weight moves with it and is never cast."""
+        super()._apply(fn, recurse)
+        if self._quantized is not None:
+            device = self.weight.device
+            on_meta = device.type == "meta"  # which holds no values: empty again
+            self._quantized = None if on_meta else replace(self._quantized, packed=self.weight).to(device)
+        return self
+
+    def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._quantized is not None:
+            for entry, value in pack_state(self.quantized_weight).items():
+                destination[f"{prefix}weight{entry}"] = value
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        """Reads and checks all that is this layer's before it assigns any of it.
+
+        Raises:
+            ValueError: the entries of the weight do not fit together or not this layer; the message names the tensor.
+        """
+        name = f"{prefix}weight"
+        state = {
+            key.removeprefix(name): value
+            for key, value in state_dict.items()
+            if key == name or key.startswith(f"{name}.")
+        }
+        others = {key: value for key, value in state_dict.items() if key.removeprefix(name) not in state}
+        quantized = unpack_state(state, (self.out_features, self.in_features), name) if state else None
+        errors = len(error_msgs)
+        super()._load_from_state_dict(
+            others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if quantized is None or len(error_msgs) > errors:
+            return
+        if strict:
+            missing_keys.remove(name)
+            unexpected_keys += [name + entry for entry in state if entry not in ENTRIES]
+        if not local_metadata.get("assign_to_params_buffers", False):
+            quantized = copy.deepcopy(quantized)
+            if not self.weight.is_meta:
+                quantized = quantized.to(self.weight.device)
+        self.assign(quantized)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"quant_type={self.quant_type}, blocksize={self.blocksize}, nested={self.nested}, "
+            f"compute_dtype={self.compute_dtype}"
+        )
+
+
+def quantize_linears(
+    module: nn.Module,
+    *,
+    quant_type: str = "nf4",
+    blocksize: int = 64,
+    nested: bool = True,
+    compute_dtype: torch.dtype | None = None,
+    skip: Iterable[str] = ("lm_head",),
+) -> nn.Module:
+    """Puts a `Linear4bit` in the place of every `nn.Linear` within `module`, one after the other.
+
+    Args:
+        module: is changed in place; the dense layers are freed one by one.
+        skip: names of modules that stay dense, with all within them: whole, or whole parts of them.
+        quant_type, blocksize, nested, compute_dtype: as in `Linear4bit`.
+    Returns:
+        `module` itself; its `Linear4bit` where `module` is an `nn.Linear`.
+    Raises:
+        TypeError, ValueError: an argument or a weight, which the message names, is not usable. All weights are
+            looked at before the first is replaced.
+    """
+    how = dict(quant_type=quant_type, blocksize=blocksize, nested=nested, compute_dtype=compute_dtype)
+    check_format(**how)
+    skip = tuple(skip)
+    places: dict[nn.Linear, list[str]] = {}  # a layer may be used in several
+    for name, layer in module.named_modules(remove_duplicate=False):
+        if type(layer) is nn.Linear and not any(f".{part}." in f".{name}." for part in skip):
+            places.setdefault(layer, []).append(name)
+    for layer, names in places.items():
+        check_dense(layer.weight, f"{names[0]}.weight".lstrip("."))
+    while places:
+        layer, names = places.popitem()
+        quantized = Linear4bit.from_linear(layer, **how)
+        if layer is module:
+            return quantized
+        for name in names:
+            module.set_submodule(name, quantized)
+    return module
+
+
+# ---- a 4-bit weight in a checkpoint -------------------------------------------------------------------------
+
+
+def pack_state(quantized: FourBitWeight) -> dict[str, Tensor]:
+    """The entries that stand beside the packed weight in bitsandbytes' checkpoints, by what follows its name there."""
+    nested = quantized.nested
+    facts = {
+        "quant_type": quantized.quant_type,
+        "blocksize": quantized.blocksize,
+        "dtype": name_of(quantized.dtype),
+        "shape": quantized.shape,
+    }
+    codebook = torch.tensor(FOURBIT_CODEBOOKS[quantized.quant_type], device=quantized.absmax.device)
+    entries = {".absmax": quantized.absmax, ".quant_map": codebook}
+    if nested is not None:
+        facts |= {
+            "nested_blocksize": nested.blocksize,
+            "nested_dtype": "float32",
+            "nested_offset": nested.offset.item(),
+        }
+        # A copy: safetensors refuses tensors that share memory, and layers may share this one.
+        entries |= {".nested_absmax": nested.absmax, ".nested_quant_map": nested.code.clone()}
+    written = list(json.dumps(facts).encode())
+    return entries | {QUANT_STATE + quantized.quant_type: torch.tensor(written, dtype=torch.uint8)}
+
+
+def unpack_state(state: Mapping[str, Tensor], shape: tuple[int, int], name: str = "weight") -> FourBitWeight:
+    """The weight `name`, of `shape`, from its entries in a checkpoint: `pack_state` and "", the packed weight itself,
+    in any dtype whose bytes are the codes.
+
+    Raises:
+        ValueError: an entry is missing, or does not fit the others or `shape`; the message names it.
+    """
+    kinds = [quant_type for quant_type in FOURBIT_CODEBOOKS if QUANT_STATE + quant_type in state]
+    if len(kinds) != 1:
+        found = [entry.removeprefix(".") for entry in state if entry.startswith(".quant_state")]
+        wanted = " or ".join(f"{name}{QUANT_STATE}{quant_type}" for quant_type in FOURBIT_CODEBOOKS)
+        raise ValueError(f"{name} is no 4-bit weight: expected one entry {wanted}, found {found or 'none'}.")
+    quant_type = kinds[0]
+    facts = _read_facts(state[QUANT_STATE + quant_type], f"{name}{QUANT_STATE}{quant_type}")
+    expected = {
+        "quant_type": (quant_type,),
+        "blocksize": FOURBIT_BLOCKSIZES,
+        "dtype": tuple(map(name_of, DTYPES)),
+        "shape": (list(shape),),
+    }
+    for fact, values in expected.items():
+        if facts.get(fact) not in values or isinstance(facts[fact], float):
+            options = str(values[0]) if len(values) == 1 else f"one of {list(values)}"
+            raise ValueError(
+                f"{name}{QUANT_STATE}{quant_type} says {fact} {facts.get(fact)!r}, expected {options}."
+            )
+    is_nested = "nested_blocksize" in facts or ".nested_absmax" in state
+    for entry in PLAIN_ENTRIES + NESTED_ENTRIES if is_nested else PLAIN_ENTRIES:
+        if entry not in state:
+            raise ValueError(f"{name}{entry} is missing.")
+    codebook = torch.tensor(FOURBIT_CODEBOOKS[quant_type])
+    quant_map = state[".quant_map"].cpu().float()
+    # Not to the last bit: there are checkpoints with rounded values, which bitsandbytes reads as the exact ones too.
+    if quant_map.shape != codebook.shape or not torch.allclose(quant_map, codebook, rtol=0, atol=1e-3):
+        raise ValueError(f"{name}.quant_map is not the codebook of {quant_type}.")
+    nested = None
+    if is_nested:
+        offset, nested_blocksize = facts.get("nested_offset"), facts.get("nested_blocksize")
+        if (
+            not isinstance(offset, float)
+            or not math.isfinite(offset)
+            or not isinstance(nested_blocksize, int)
+        ):
+            raise ValueError(
+                f"{name}{QUANT_STATE}{quant_type} says nested_offset {offset!r} and nested_blocksize "
+                f"{nested_blocksize!r}, expected two finite numbers."
+            )
+        absmax, code = state[".nested_absmax"], state[".nested_quant_map"]
+        nested = NestedAbsmax(absmax, code, torch.tensor(offset, device=absmax.device), nested_blocksize)
+    dtype = getattr(torch, facts["dtype"])
+    quantized = FourBitWeight(
+        state[""], state[".absmax"], tuple(shape), dtype, quant_type, facts["blocksize"], nested
+    )
+    try:
+        check_weight(quantized, name)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    return quantized
+
+
+def _read_facts(written: Tensor, name: str) -> dict:
+    try:
+        facts = json.loads(bytes(written.tolist()))
+    except (TypeError, ValueError, RecursionError):
+        facts = None
+    if not isinstance(facts, dict):
+        raise ValueError(f"{name} is not the JSON object that it should be.")
+    return facts
+
+
+# ---- checks -----------------------------------------------------------------------------------------------
+
+
+def check_format(
+    quant_type: str, blocksize: int, nested: bool, compute_dtype: torch.dtype | None = None
+) -> None:
+    """One sentence for an argument that no 4-bit layer can have.
+
+    Raises:
+        TypeError, ValueError: as described; the message names the argument.
+    """
+    if quant_type not in FOURBIT_CODEBOOKS:
+        raise ValueError(f"quant_type must be 'nf4' or 'fp4', got {quant_type!r}.")
+    if isinstance(blocksize, float) or blocksize not in FOURBIT_BLOCKSIZES:
+        raise ValueError(f"blocksize must be one of {list(FOURBIT_BLOCKSIZES)}, got {blocksize!r}.")
+    if not isinstance(nested, bool):
+        raise TypeError(f"nested must be True or False, got {nested!r}.")
+    if compute_dtype is not None and compute_dtype not in DTYPES:
+        raise ValueError(f"compute_dtype must be None, float32, bfloat16 or float16, got {compute_dtype!r}.")
+
+
+def check_dense(weight: Tensor, name: str) -> None:
+    """One sentence for a dense weight that cannot be quantized.
+
+    Raises:
+        TypeError, ValueError: as described; the message begins with `name`.
+    """
+    if weight.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {name_of(weight.dtype)}.")
+    if weight.is_meta:
+        raise ValueError(f"{name} is on the meta device, which holds no values to quantize.")
+    if weight.numel() and not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
+        raise ValueError(
+            f"{name} holds values that are not finite (NaN or infinity): it cannot be quantized."
+        )
