@@ -62,7 +62,7 @@ def grouped_linear(
         NotImplementedError: a second derivative is asked for.
     """
     _check(
-        x, weight, offsets, lora_A, lora_B, scaling, experts, slots, rows, bias, dropout, transposed, seed, compute_dtype
+        x, weight, offsets, lora_A, lora_B, experts, slots, rows, bias, dropout, transposed, seed, compute_dtype
     )  # fmt: skip
     groups = offsets.numel() - 1
     experts = torch.arange(groups, device=x.device) if experts is None else experts
@@ -75,9 +75,12 @@ def grouped_linear(
 
 def call(
     x, weight, offsets, experts, slots, lora_A, lora_B, scaling,
-    rows=None, bias=None, dropout=0.0, transposed=False, seed=None, compute_dtype=None,
+    rows=None, bias=None, dropout=0.0, transposed=False, seed=None, compute_dtype=None, places=None,
 ) -> Tensor:  # fmt: skip
-    """`grouped_linear` for a caller whose arguments are right: no checks but those that guard memory."""
+    """`grouped_linear` for a caller whose arguments are right: no checks but those that guard memory.
+
+    places: int64 [T, times], where each row of x is among `rows`, when each is there as often.
+    """
     device = x.device.type
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
@@ -98,21 +101,9 @@ def call(
     base = _parts(weight)
     compute = name_of(compute_dtype or x.dtype)
     return _GroupedLinear.apply(
-        x,
-        lora_A,
-        lora_B,
-        bias,
-        base,
-        transposed,
-        offsets,
-        experts,
-        slots,
-        rows,
-        scaling,
-        dropout,
-        seed,
+        x, lora_A, lora_B, bias, base, transposed, offsets, experts, slots, rows, places, scaling, dropout, seed,
         compute,
-    )
+    )  # fmt: skip
 
 
 def _parts(weight: Tensor | FourBitWeight) -> tuple:
@@ -127,7 +118,8 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, lora_A, lora_B, bias, base, transposed, offsets, experts, slots, rows, scaling, dropout, seed, compute
+        ctx, x, lora_A, lora_B, bias, base, transposed, offsets, experts, slots, rows, places, scaling, dropout, seed,
+        compute,
     ):  # fmt: skip
         gathered = x if rows is None else x.index_select(0, rows)
         with torch._C._AutoDispatchBelowAutograd():
@@ -138,7 +130,9 @@ class _GroupedLinear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # Without adapters x is not needed again, but its shape is: an expanded view keeps no more than a value.
         kept = x if lora_A is not None else x.new_empty(1).expand(x.shape)
-        ctx.save_for_backward(kept, lora_A, lora_B, u, *base[:5], offsets, experts, slots, rows, seed, bias)
+        ctx.save_for_backward(
+            kept, lora_A, lora_B, u, *base[:5], offsets, experts, slots, rows, places, seed, bias
+        )
         ctx.settings = base[5:], transposed, scaling, dropout, compute
         return y
 
@@ -148,12 +142,11 @@ class _GroupedLinear(torch.autograd.Function):
         if grad_y is None:
             return tuple(grads)
         want_x, want_A, want_B, want_bias = ctx.needs_input_grad[:4]
-        x, lora_A, lora_B, u, *parts, offsets, experts, slots, rows, seed, bias = ctx.saved_tensors
+        x, lora_A, lora_B, u, *parts, offsets, experts, slots, rows, places, seed, bias = ctx.saved_tensors
         format, transposed, scaling, dropout, compute = ctx.settings
+        gathered = x
         if rows is not None:
             gathered = x.index_select(0, rows) if want_A else x[:1].expand(rows.numel(), -1)
-        else:
-            gathered = x
         if want_x or want_A or want_B:
             # Gradients are recorded only for create_graph; then the operator's own autograd refuses in clear words.
             with (
@@ -164,7 +157,7 @@ class _GroupedLinear(torch.autograd.Function):
                     dropout, seed, compute, want_x, want_A, want_B,
                 )  # fmt: skip
             if want_x and rows is not None:
-                grad_x = _sum_rows(grad_x, rows, x.shape[0])
+                grad_x = _sum_rows(grad_x, rows, places, x.shape[0])
             grads[:3] = [grad_x if want_x else None, grad_A if want_A else None, grad_B if want_B else None]
         if want_bias:
             group = torch.repeat_interleave(experts, offsets.diff())
@@ -173,14 +166,10 @@ class _GroupedLinear(torch.autograd.Function):
         return tuple(grads)
 
 
-def _sum_rows(grad: Tensor, rows: Tensor, count: int) -> Tensor:
-    """Row t is the sum of grad[i] over rows[i] = t: in one pass where each t occurs equally often, as tokens do."""
-    order = torch.argsort(rows, stable=True)
-    times = rows.numel() // max(count, 1)
-    if times * count == rows.numel() and torch.equal(
-        rows[order], torch.arange(count).repeat_interleave(times)
-    ):
-        return COMBINE(grad, None, order.view(count, times))
+def _sum_rows(grad: Tensor, rows: Tensor, places: Tensor | None, count: int) -> Tensor:
+    """Row t of `count` is the sum of grad[i] over rows[i] = t."""
+    if places is not None:
+        return COMBINE(grad, None, places)
     total = torch.zeros(count, grad.shape[1], dtype=torch.float32, device=grad.device)
     return total.index_add_(0, rows, grad.float()).to(grad.dtype)
 
@@ -233,14 +222,15 @@ class _Combine(torch.autograd.Function):
 
 
 def _check(
-    x, weight, offsets, lora_A, lora_B, scaling, experts, slots, rows, bias, dropout, transposed, seed, compute_dtype
+    x, weight, offsets, lora_A, lora_B, experts, slots, rows, bias, dropout, transposed, seed, compute_dtype
 ) -> None:  # fmt: skip
     """One sentence for each argument that is wrong."""
     four_bit = isinstance(weight, FourBitWeight)
     if four_bit:
         check_weight(weight)
     optional = {
-        "lora_A": lora_A, "lora_B": lora_B, "experts": experts, "slots": slots, "rows": rows, "bias": bias, "seed": seed,
+        "lora_A": lora_A, "lora_B": lora_B, "experts": experts, "slots": slots, "rows": rows, "bias": bias,
+        "seed": seed,
     }  # fmt: skip
     given = {name: value for name, value in optional.items() if value is not None}
     check_tensors(

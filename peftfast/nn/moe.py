@@ -1,0 +1,80 @@
+"""Experts: rows sorted by expert once, and every projection over the sorted rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peftfast.ops import moe_combine
+from peftfast.ops.moe import call
+from peftfast.reference import FourBitWeight
+
+__all__ = ["Routing", "moe_combine"]
+
+
+class Routing:
+    """Which rows go to which expert: tokens repeated top_k times and sorted by expert.
+
+    Attributes:
+        experts: int64 [count], 0 to count - 1: group g of the sorted rows has expert g.
+        offsets: int64 [count + 1], where the rows of each expert begin. Rows behind the last have no expert.
+        rows: int64 [tokens * top_k], the token of each sorted row.
+        places: int64 [tokens, top_k], where the rows of a token are among the sorted.
+    """
+
+    def __init__(self, top_k_index: Tensor, count: int) -> None:
+        """
+        Args:
+            top_k_index: int64 [tokens, top_k], an expert each; from `count` on: none.
+            count: of experts.
+        Raises:
+            ValueError: an index is negative.
+        """
+        self.count, (tokens, top_k) = count, top_k_index.shape
+        index = top_k_index.reshape(-1)
+        if index.numel() and index.min() < 0:
+            raise ValueError(f"top_k_index holds {int(index.min())}, expected experts from 0 to {count - 1}.")
+        sorted_index, order = torch.sort(index, stable=True)
+        self.experts = torch.arange(count, device=index.device)
+        bounds = torch.arange(count + 1, device=index.device)
+        self.offsets = torch.searchsorted(sorted_index, bounds)
+        self.rows = order // top_k if top_k else order
+        self.places = torch.empty_like(order)
+        self.places[order] = torch.arange(order.numel(), device=index.device)
+        self.places = self.places.view(tokens, top_k)
+        self._without = (
+            index.view(tokens, top_k) >= count if index.numel() and sorted_index[-1] >= count else None
+        )
+
+    def weights(self, top_k_weights: Tensor) -> Tensor:
+        """`top_k_weights` [tokens, top_k] with zeros, that get no gradient, where there is no expert."""
+        return top_k_weights if self._without is None else top_k_weights.masked_fill(self._without, 0.0)
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: Tensor | FourBitWeight,
+        lora_A: Tensor | None = None,
+        lora_B: Tensor | None = None,
+        scaling: float | Tensor = 1.0,
+        *,
+        slots: Tensor | None = None,
+        bias: Tensor | None = None,
+        dropout: float = 0.0,
+        transposed: bool = False,
+        gather: bool = False,
+        compute_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """`peftfast.ops.grouped_linear` of the sorted rows.
+
+        Args:
+            x: the sorted rows [tokens * top_k, K]; with `gather` the tokens [tokens, K].
+            slots: int64 [count], the adapter of each expert, -1 for none.
+        Returns:
+            [tokens * top_k, N], sorted.
+        """
+        return call(
+            x, weight, self.offsets, self.experts, slots, lora_A, lora_B, scaling,
+            self.rows if gather else None, bias, dropout, transposed,
+            compute_dtype=compute_dtype, places=self.places if gather else None,
+        )  # fmt: skip
