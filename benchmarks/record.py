@@ -14,13 +14,16 @@ The record, format 1:
      "rows": [{"point": {...}, "implementations": {name: implementation}}],
      "acceptance": [{"what", "bar", "seen", "verdict"}]}
 
-An implementation is either {"ours", "median_ms", "minimum_ms", "rounds", "gflops", "ceiling_share", "bound",
-"saved_bytes"} and for ours also "speedup": {rival: times faster}; or {"ours", "skipped": reason}, where a
-skipped one may carry "estimate_ms", extrapolated from fewer rows and never used for a ratio.
+An implementation is either {"ours", "median_ms", "minimum_ms", "rounds", "gflops", "gigabytes_per_second",
+"ceiling_share", "bound", "saved_bytes"} and for ours also "speedup": {rival: times faster}; or {"ours",
+"skipped": reason}, where a skipped one may carry "estimate_ms", extrapolated from fewer rows and never used
+for a ratio. A benchmark of whole models adds "tokens_per_second", "build_seconds" and, in bytes,
+"rss_after_build" and "peak_rss".
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import json
@@ -32,7 +35,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,7 @@ from rich.table import Table
 import peftfast
 from peftfast.testing import speedup, time_in_turn
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 RESULTS = Path(__file__).parent / "results"
 BANDWIDTH_BYTES = 512 * 2**20  # The size of the buffer read to measure the bandwidth: beyond the caches.
 
@@ -129,7 +133,7 @@ def _version(package: str) -> str | None:
 
 def short(dtype: torch.dtype) -> str:
     """torch.bfloat16 -> "bf16"."""
-    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 # --------------------------------------------------------------------------------------- one measurement
@@ -149,6 +153,7 @@ class Contender:
             `run` takes without waiting for it.
         rows: the size of `run` in the unit of `shrunk`; the time is taken to be proportional to it.
         saved_bytes: what the forward pass keeps for backward, where that is part of the question.
+        unavailable: why this machine cannot run it at all; it is then recorded as skipped.
     """
 
     run: Callable[[], Any]
@@ -159,6 +164,7 @@ class Contender:
     shrunk: Callable[[int], Callable[[], Any]] | None = None
     rows: int = 0
     saved_bytes: Callable[[], int] | None = None
+    unavailable: str | None = None
 
 
 def measure(
@@ -169,6 +175,8 @@ def measure(
     cap: float,
     budget: float,
     repeats: int = 100,
+    warmup: int = 1,
+    least: int = 3,
     before: Callable[[], Any] | None = None,
     cuda: bool = False,
 ) -> dict[str, Any]:
@@ -182,8 +190,8 @@ def measure(
         contenders: name to contender.
         ceilings: from `measure_ceilings`.
         cap: seconds that one call of a rival may take.
-        budget: seconds for the timed rounds together (at least three rounds are run).
-        repeats: the number of rounds to aim for.
+        budget: seconds for the timed rounds together (at least `least` rounds are run).
+        repeats, warmup, least: as in `time_in_turn`; each contender has run once even before the warm-up.
         before: called before each call, not timed.
         cuda: time with CUDA events.
     """
@@ -191,6 +199,9 @@ def measure(
     ready: dict[str, Contender] = {}
     for name, contender in contenders.items():
         implementations[name] = {"ours": contender.ours}
+        if contender.unavailable:
+            implementations[name]["skipped"] = f"unavailable: {contender.unavailable}"
+            continue
         try:
             if not contender.ours and (estimate := _foretell(contender, cap)) > cap:
                 implementations[name] |= {
@@ -213,7 +224,9 @@ def measure(
     timings = time_in_turn(
         {name: contender.run for name, contender in ready.items()},
         repeats=repeats,
+        warmup=warmup,
         budget=budget,
+        least=least,
         contexts={name: contender.context for name, contender in ready.items()},
         before=before,
         cuda=cuda,
@@ -229,6 +242,7 @@ def measure(
             "minimum_ms": _digits(timing.minimum * 1e3),
             "rounds": timing.rounds,
             "gflops": _digits(contender.flops / timing.median / 1e9),
+            "gigabytes_per_second": _digits(contender.bytes_moved / timing.median / 1e9),
             "ceiling_share": _digits(max(compute, memory) / timing.median),
             "bound": "compute" if compute >= memory else "memory",
         }
@@ -310,28 +324,56 @@ class Record:
             os.unlink(temporary)
             raise
 
+    def measure_points(
+        self,
+        points: list[Any],
+        contenders: Callable[[Any], dict[str, Contender]],
+        path: Path,
+        console: Console,
+        **options: Any,
+    ) -> None:
+        """Measure point after point; the record is saved after each, so that an interrupted run keeps them.
+
+        Args:
+            points: dataclasses, whose fields are the record's "point".
+            contenders: those of a point.
+            options: as `measure` takes them.
+        """
+        for number, point in enumerate(points, 1):
+            where = f"[{number}/{len(points)}] {point_text(asdict(point))}"
+            with console.status(where):
+                row = measure(asdict(point), contenders(point), self.ceilings, **options)
+            self.rows.append(row)
+            self.save(path)
+            found = row["implementations"]
+            medians = ", ".join(
+                f"{name} {it.get('median_ms', it.get('skipped'))}" for name, it in found.items()
+            )
+            console.print(f"{where}, ms: {medians}", highlight=False)
+
     def table(self) -> tuple[list[str], list[list[str]]]:
         """The headers and the lines of the table: one line per point and implementation of ours."""
         found = [(name, it) for row in self.rows for name, it in row["implementations"].items()]
         rivals = list(dict.fromkeys(name for name, it in found if not it["ours"]))
+        more = [column for column in COLUMNS if any(column in it for _, it in found)]
         headers = [
             "point",
             "peftfast",
             "ms",
             *(f"x {name}" for name in rivals),
-            "GFLOP/s",
+            "rate",
             "ceiling",
-            "saved",
+            *(COLUMNS[column][0] for column in more),
         ]
         lines = [
             [
-                " ".join(f"{v}" if isinstance(v, str) else f"{key}={v}" for key, v in row["point"].items()),
+                point_text(row["point"]),
                 name.removeprefix("peftfast "),
                 f"{it['median_ms']:.4g}",
                 *(_speedup_cell(row["implementations"], name, rival) for rival in rivals),
-                f"{it['gflops']:.4g}",
+                _rate_cell(it),
                 f"{it['ceiling_share']:.0%} {it['bound']}",
-                _bytes_cell(it.get("saved_bytes")),
+                *(COLUMNS[column][1](it[column]) if column in it else "" for column in more),
             ]
             for row in self.rows
             for name, it in row["implementations"].items()
@@ -365,7 +407,8 @@ class Record:
             for index, header in enumerate(headers):
                 # Only the first column gives way on a narrow terminal, unless the cells are sentences.
                 sentence = index == 0 or title == "acceptance"
-                table.add_column(header.replace(" PEFT ", " PEFT\n"), no_wrap=not sentence, overflow="fold")
+                words = header if sentence else header.replace(" ", "\n").replace("x\n", "x ", 1)
+                table.add_column(words, no_wrap=not sentence, overflow="fold")
             for line in lines:
                 table.add_row(*line)
             console.print(table)
@@ -388,18 +431,110 @@ class Record:
         return tables
 
 
+def point_text(point: dict[str, Any]) -> str:
+    """A point on one line, without what does not apply to it."""
+    return " ".join(
+        f"{value}" if isinstance(value, str) else f"{key}={value}"
+        for key, value in point.items()
+        if value is not None
+    )
+
+
 def _speedup_cell(implementations: dict[str, dict[str, Any]], ours: str, rival: str) -> str:
     if rival not in implementations:
         return ""
     if reason := implementations[rival].get("skipped"):
+        if reason.startswith("unavailable"):
+            return "unavailable"
         return reason.removesuffix(" a call") if reason.startswith(">") else "failed"
     return f"{implementations[ours]['speedup'][rival]:.2f}"
 
 
-def _bytes_cell(count: int | None) -> str:
-    if count is None:
-        return ""
+def _rate_cell(it: dict[str, Any]) -> str:
+    if it["bound"] == "memory" and "gigabytes_per_second" in it:
+        return f"{it['gigabytes_per_second']:.4g} GB/s"
+    return f"{it['gflops']:.4g} GFLOP/s"
+
+
+def _bytes_cell(count: int) -> str:
     return f"{count / 1024:.1f} KiB" if count < 2**20 else f"{count / 2**20:.1f} MiB"
+
+
+# What an implementation may have besides its speed: how its column of the table is headed and written.
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "saved_bytes": ("saved", _bytes_cell),
+    "tokens_per_second": ("tokens/s", "{:.4g}".format),
+    "peak_rss": ("peak RSS", lambda count: f"{count / 1e9:.2f} GB"),
+}
+
+
+# ---------------------------------------------------------------------------------------- acceptance bars
+
+
+def speed_bar(
+    what: str,
+    bar: float,
+    rows: list[dict[str, Any] | None],
+    rivals: list[str],
+) -> dict[str, str]:
+    """Whether all that is ours is `bar` times faster than each of the rivals that a row has.
+
+    A rival that was skipped gives no ratio: then the bar is not measurable here, unless another ratio misses it.
+    """
+    seen, checks, gaps = [], [], rows.count(None)
+    for row in filter(None, rows):
+        found = row["implementations"]
+        sizes = {key: row["point"].get(key) for key in ("M", "tokens")}
+        where = row["point"]["dtype"] + "".join(f" {key}={size}" for key, size in sizes.items() if size)
+        for rival in filter(found.__contains__, rivals):
+            if reason := found[rival].get("skipped"):
+                gaps += 1
+                estimate = found[rival].get("estimate_ms")
+                about = f", about {estimate / 1e3:.3g} s by extrapolation" if estimate else ""
+                seen.append(f"{where} {rival} skipped ({reason}{about})")
+                continue
+            for name, it in found.items():
+                if it["ours"]:
+                    checks.append(it["speedup"][rival] >= bar)
+                    seen.append(f"{where} {name}: {it['speedup'][rival]:.2f} x {rival}")
+    return verdict(what, f"at least {bar:g} x", seen, checks, gaps)
+
+
+def verdict(what: str, bar: str, seen: list[str], checks: list[bool], gaps: int = 0) -> dict[str, str]:
+    """A line of the record's acceptance: reached when all the cases that it covers are there and reach it."""
+    if not seen:
+        outcome = "not in this run"
+    elif not all(checks):
+        outcome = "not reached"
+    else:
+        outcome = "not measurable here" if gaps else "reached"
+    return {"what": what, "bar": bar, "seen": "; ".join(seen), "verdict": outcome}
+
+
+# ----------------------------------------------------------------------------------------- command lines
+
+
+def shape(text: str) -> tuple[int, int]:
+    """The argument KxN: in_features x out_features."""
+    K, _, N = text.partition("x")
+    if not (K.isdecimal() and N.isdecimal() and int(K) and int(N)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not KxN, such as 4096x11008")
+    return int(K), int(N)
+
+
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def probability(text: str) -> float:
+    """An argument that is a rate of dropout."""
+    value = float(text)
+    if not 0.0 <= value < 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not in [0, 1)")
+    return value
 
 
 def main() -> None:

@@ -1,0 +1,334 @@
+"""How long does a training step of a 7B model take here, in how much memory, and what share of the ceiling is that?
+
+The architecture of Llama-2-7B, Qwen2.5-7B or Llama-3.1-8B is built from its transformers configuration with
+random weights. Each linear layer is made in the model's dtype, quantized to 4 bits (NF4, nested scales) at once
+and dropped, so that the model never exists whole in 16 bits; embeddings and lm_head stay dense. PEFT puts
+LoRA adapters (r = 16, dropout 0.05, fp32) on all linear layers but lm_head. A step is one sequence of random tokens:
+forward, backward with every decoder layer checkpointed, AdamW.
+
+- "peftfast": on `peftfast.nn.Linear4bit`, under `peftfast.enabled()`. The frozen lm_head, to which PEFT adds nothing,
+  runs on `peftfast.ops.lora_linear` without adapters.
+- with --compare: one model on `bitsandbytes.nn.Linear4bit`, timed in turn as "bitsandbytes" (PEFT and
+  bitsandbytes as they are) and as "peftfast" (the same model, as above).
+
+Usage:
+
+    python benchmarks/bench_7b.py                                              # Llama-2-7B; many minutes
+    python benchmarks/bench_7b.py --model qwen2.5-7b llama-3.1-8b --tokens 512
+    python benchmarks/bench_7b.py --layers 8 --tokens 512 --compare --dtype fp32
+    python benchmarks/bench_7b.py --model tiny --steps 3                       # to see it work; seconds
+
+The dtype is that of activations, products, embeddings and lm_head. Each model has a process of its own. The peak of
+its resident memory (of the device's, with --device cuda) includes the build, and with several lengths all
+shorter ones. The work counted for the share of the ceiling is the least that the linear layers can do:
+2·M·K·N for each of forward, recomputed forward and input gradient (lm_head is not recomputed), and 2·M·r·(K + N)
+for each of the adapters' four. Attention, the loss and the optimizer count nothing, but their time does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import resource
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from bench_fourbit import bitsandbytes_layer
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from record import (
+    DTYPES,
+    Contender,
+    Record,
+    machine_facts,
+    measure,
+    measure_ceilings,
+    positive,
+    speed_bar,
+    verdict,
+)
+from rich.console import Console
+from rich.progress import track
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
+
+import peftfast
+from peftfast.nn import Linear4bit
+from peftfast.ops import fourbit_quantize, lora_linear
+
+CONFIGS: dict[str, Callable[..., PretrainedConfig]] = {
+    "llama-2-7b": partial(LlamaConfig, max_position_embeddings=4096, rms_norm_eps=1e-5),
+    "qwen2.5-7b": partial(
+        Qwen2Config,
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    ),
+    "llama-3.1-8b": partial(
+        LlamaConfig,
+        vocab_size=128256,
+        intermediate_size=14336,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ),
+    "tiny": partial(
+        LlamaConfig,
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    ),
+}
+RANK = 16
+STDERR = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One workload: a training step on one sequence."""
+
+    model: str
+    layers: int
+    dtype: str
+    tokens: int
+
+
+# ---------------------------------------------------------------------------------------------- the model
+
+
+def build(config: PretrainedConfig, dtype: torch.dtype, device: str, stock: bool) -> nn.Module:
+    """The model in 4 bits with adapters, ready to train; on bitsandbytes' layers if `stock`."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    base, head = model.base_model, model.get_output_embeddings()
+    # Its buffers are no weights but computed.
+    base.rotary_emb = type(base.rotary_emb)(config).to(device)
+
+    def filled(parameter: nn.Parameter) -> torch.Tensor:
+        """Weights are random, biases and norms one."""
+        values = torch.ones_like(parameter, device=device, requires_grad=False)
+        return values.normal_(std=config.initializer_range) if values.dim() > 1 else values
+
+    modules = list(model.named_modules())
+    for name, module in track(modules, "quantizing", console=STDERR, transient=True):
+        if type(module) is nn.Linear and module is not head:
+            bias = None if module.bias is None else filled(module.bias)
+            quantized = fourbit_quantize(filled(module.weight))
+            layer = (bitsandbytes_layer if stock else Linear4bit.from_quantized)(quantized, bias, dtype)
+            model.set_submodule(name, layer)
+        else:
+            for key, parameter in module.named_parameters(recurse=False):
+                setattr(module, key, nn.Parameter(filled(parameter), requires_grad=False))
+    model.is_loaded_in_4bit = True  # As transformers tells PEFT.
+    model.activation_checkpointing_enable()
+    model.enable_input_require_grads()
+    adapters = LoraConfig(
+        r=RANK, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, adapters).train()
+
+
+@contextlib.contextmanager
+def fused(model: nn.Module) -> Iterator[None]:
+    """The model on peftfast. Strict: a layer that is not on the fast path is an error, never a number."""
+    head = model.get_base_model().get_output_embeddings()
+    with peftfast.enabled(strict=True):
+        head.forward = lambda hidden: lora_linear(hidden, head.weight, (), (), ())
+        try:
+            yield
+        finally:
+            del head.forward
+
+
+def trainer(model: nn.Module, device: str) -> Callable[[int], Callable[[], None]]:
+    """Given a number of tokens, the training step on a sequence of so many."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+
+    def step_on(tokens: int) -> Callable[[], None]:
+        ids = torch.randint(model.config.vocab_size, (1, tokens), device=device)
+
+        def step() -> None:
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if not loss.isfinite():
+                raise ArithmeticError(f"the loss is {loss.item()}")
+
+        return step
+
+    return step_on
+
+
+def least_flops(model: nn.Module, tokens: int) -> int:
+    """Of the linear layers in one step; a multiply-add counts 2."""
+    head = model.get_base_model().get_output_embeddings()
+    flops = 2 * 2 * tokens * head.in_features * head.out_features
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            K, N = layer.in_features, layer.out_features
+            flops += 3 * 2 * tokens * K * N + 4 * 2 * tokens * RANK * (K + N)
+    return flops
+
+
+# -------------------------------------------------------------------------------------------- measurement
+
+
+def run_model(
+    options: argparse.Namespace, name: str, dtype: str, ceilings: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The rows of one model, in ascending order of the lengths."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT's use of it.
+    torch.manual_seed(0)
+    config = CONFIGS[name](**({"num_hidden_layers": options.layers} if options.layers else {}))
+    begin = time.perf_counter()
+    model = build(config, DTYPES[dtype], options.device, stock=options.compare)
+    built = {
+        "build_seconds": round(time.perf_counter() - begin, 1),
+        "rss_after_build": psutil.Process().memory_info().rss,
+    }
+    STDERR.print(f"{name}: built in {built['build_seconds']} s, RSS {built['rss_after_build'] / 1e9:.2f} GB")
+
+    step_on = trainer(model, options.device)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    rows = []
+    for tokens in sorted(options.tokens):
+        work = dict(flops=least_flops(model, tokens), bytes_moved=3 * weights, shrunk=step_on, rows=tokens)
+        contenders = {
+            "peftfast": Contender(step_on(tokens), **work, ours=True, context=partial(fused, model))
+        }
+        if options.compare:
+            contenders = {"bitsandbytes": Contender(step_on(tokens), **work)} | contenders
+        point = Point(name, config.num_hidden_layers, dtype, tokens)
+        with STDERR.status(f"{name}, {tokens} tokens"):
+            row = measure(
+                asdict(point),
+                contenders,
+                ceilings,
+                cap=options.cap,
+                budget=0.0,
+                repeats=options.steps,
+                warmup=0,
+                least=options.steps,
+                cuda=options.device == "cuda",
+            )
+        for it in row["implementations"].values():
+            if "median_ms" in it:
+                it["tokens_per_second"] = float(f"{tokens / it['median_ms'] * 1e3:.4g}")
+        if not options.compare:
+            row["implementations"]["peftfast"] |= {"peak_rss": peak_memory(options.device)} | built
+        rows.append(row)
+    return rows
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: of this process so far, or of its tensors on the GPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def in_own_process(function: Callable, *arguments: Any) -> Any:
+    """Its result. Memory that is freed does not always go back to the system, so each model starts afresh."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
+
+
+def acceptance(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Each bar that training in 4 bits has to reach on the CPU, with what this run has seen of it."""
+    long = [row for row in rows if row["point"]["tokens"] == 512 and row["point"]["model"] != "tiny"]
+    slices = [row for row in long if row["point"]["layers"] == 8 and "bitsandbytes" in row["implementations"]]
+    whole = {  # Only here is the memory that of one whole model.
+        f"{point['model']} {point['dtype']}": row["implementations"]["peftfast"]
+        for row in long
+        if "peak_rss" in row["implementations"]["peftfast"]
+        and (point := row["point"])["layers"] == CONFIGS[point["model"]]().num_hidden_layers
+    }
+    return [
+        speed_bar("8 layers, 512 tokens, against PEFT + bitsandbytes", 1.7, slices, ["bitsandbytes"]),
+        verdict(
+            "7B, 512 tokens: peak RSS",
+            "at most 6.5 GB",
+            [f"{name}: {it['peak_rss'] / 1e9:.2f} GB" for name, it in whole.items()],
+            [it["peak_rss"] <= 6.5e9 for it in whole.values()],
+        ),
+        verdict(
+            "7B, 512 tokens: share of the ceiling",
+            "at least 70%",
+            [f"{name}: {it['ceiling_share']:.0%}" for name, it in whole.items()],
+            [it["ceiling_share"] >= 0.7 for it in whole.values()],
+        ),
+    ]
+
+
+# ------------------------------------------------------------------------------------------ command line
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--model", nargs="+", choices=CONFIGS, default=["llama-2-7b"])
+    add("--tokens", nargs="+", type=positive, default=[64, 512], help="lengths of the sequence")
+    add("--dtype", nargs="+", choices=DTYPES, default=["bf16"], help="of all that is not in 4 bits")
+    add("--layers", type=positive, metavar="N", help="only the first N decoder layers")
+    add("--steps", type=positive, default=1, metavar="N", help="timed steps, after one to warm up")
+    add("--compare", action="store_true", help="in turn with PEFT + bitsandbytes")
+    add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--cap", type=float, default=120.0, metavar="S", help="seconds a step from which a rival is skipped")
+    add("--json", type=Path, metavar="FILE", help="the record; default: benchmarks/results/7b-MACHINE.json")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device here")
+    return options
+
+
+def main() -> None:
+    options = parse()
+    dtypes = [DTYPES[name] for name in options.dtype]
+    record = Record(
+        benchmark="7b-compared" if options.compare else "7b",
+        machine=machine_facts(options.device),
+        ceilings=in_own_process(measure_ceilings, dtypes, options.device),
+    )
+    path = options.json or record.default_path()
+    for fact in record.facts():
+        STDERR.print(fact, highlight=False)
+    for name in options.model:
+        for dtype in options.dtype:
+            record.rows += in_own_process(run_model, options, name, dtype, record.ceilings)
+            record.save(path)
+    if options.device == "cpu":
+        record.acceptance = acceptance(record.rows)
+    record.save(path)
+    record.print(Console(width=max(STDERR.width, 120)))
+    STDERR.print(f"Record: {path}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()
