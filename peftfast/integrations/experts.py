@@ -58,13 +58,16 @@ def call(
     """The experts with `adapters` on their projections, by the name of the parameter."""
     routing = Routing(top_k_index, experts.num_experts)
     up = "gate_up_proj" if experts.has_gate else "up_proj"
-    dtype = _dtype(experts, up)
-    hidden = _project(experts, up, hidden_states.to(dtype), routing, adapters, gather=True)
-    hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
-    hidden = _project(experts, "down_proj", hidden, routing, adapters)
-    if experts.has_post_expert_norm:
-        hidden = experts.post_expert_norm(hidden)
-    return moe_combine(hidden, routing.weights(top_k_weights), routing.places).to(hidden_states.dtype)
+    with torch.autocast(
+        hidden_states.device.type, enabled=False
+    ):  # as "grouped_mm": in the dtype of the weights
+        hidden = hidden_states.to(weight_of(experts, up).dtype)
+        hidden = _project(experts, up, hidden, routing, adapters, gather=True)
+        hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
+        hidden = _project(experts, "down_proj", hidden, routing, adapters)
+        if experts.has_post_expert_norm:
+            hidden = experts.post_expert_norm(hidden)
+        return moe_combine(hidden, routing.weights(top_k_weights), routing.places).to(hidden_states.dtype)
 
 
 def _project(
@@ -84,10 +87,6 @@ def weight_of(experts: nn.Module, name: str):
     """The weights of a projection: a parameter, or in 4 bits."""
     fourbit = experts.__dict__.get("_fourbit_weights")
     return getattr(experts, name) if fourbit is None or name not in fourbit else experts.fourbit_weight(name)
-
-
-def _dtype(experts: nn.Module, name: str) -> torch.dtype:
-    return weight_of(experts, name).dtype
 
 
 def why_not(experts: nn.Module) -> str | None:

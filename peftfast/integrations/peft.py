@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator
 import torch
 from peft.import_utils import is_bnb_4bit_available
 from peft.tuners.lora import Linear, LoraLayer
-from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
+from peft.tuners.lora.layer import VARIANT_KWARG_KEYS, ParamWrapper
 from peft.tuners.lora.variants import ALoraLinearVariant, ArrowLinearVariant, MiCALinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from peftfast.integrations import expert_adapters
 from peftfast.integrations.bases import KINDS, autocast_dtype, is_plain, is_plain_tensor, why_not_input
 from peftfast.integrations.forwards import last_fallback, name_of, outermost, stand_in, why_not_reached
 from peftfast.nn.fourbit import Linear4bit
@@ -131,11 +132,22 @@ if is_bnb_4bit_available():
 def stand_ins() -> Iterator[tuple[type, Callable]]:
     """Every kind of LoRA layer with a forward of its own: those not fused have to be noticed under `strict`."""
     for kind in _with_own_forward(LoraLayer):
-        why_not_call = _why_not_call if kind in FUSED else _why_not_kind
-        yield kind, lambda original, why=why_not_call: stand_in(original, NAME, _at_rest, why, _fused)
+        why_not_call, fused = _why_not_kind, None
+        if kind in FUSED:
+            why_not_call, fused = _why_not_call, _fused
+        elif kind is ParamWrapper:
+            why_not_call, fused = expert_adapters.why_not_call, expert_adapters.fused
+        yield kind, lambda original, why=why_not_call, run=fused: stand_in(original, NAME, _at_rest, why, run)
 
 
 def why_not(layer: LoraLayer) -> str | None:
+    if type(layer) is ParamWrapper:
+        return (
+            _at_rest(layer)
+            or why_not_reached(layer)
+            or expert_adapters.why_not(layer)
+            or last_fallback(layer)
+        )
     if not isinstance(layer, tuple(FUSED)):
         return _at_rest(layer) or _why_not_kind(layer)
     return _at_rest(layer) or why_not_reached(layer) or _why_not(layer) or last_fallback(layer)
