@@ -138,14 +138,14 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModuleType]]:
 
 
 def _teach_peft(model: ModuleType) -> None:
-    """PEFT asks one function after the other for the LoRA layer of a base layer: here the last learns of Linear4bit."""
+    """PEFT asks one function after the other for the LoRA layer of a base layer: here the last learns of ours."""
     default = model.dispatch_default
 
     @functools.wraps(default)
     def dispatch(target, adapter_name, config, parameter_name=None, **kwargs):
         from peftfast.integrations import peft
 
-        layer = peft.layer_for(target, adapter_name, config, **kwargs) if parameter_name is None else None
+        layer = peft.layer_for(target, adapter_name, config, parameter_name=parameter_name, **kwargs)
         return layer or default(target, adapter_name, config, parameter_name=parameter_name, **kwargs)
 
     model.dispatch_default = dispatch

@@ -9,25 +9,91 @@ PEFT's layouts: lora_A.weight is [experts * r, in] with the expert as the slowes
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import torch
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.layer import ParamWrapper as Wrapper
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from peftfast.integrations import experts
 from peftfast.integrations.bases import is_plain, is_plain_tensor
+from peftfast.ops import fourbit_dequantize
 
 
-def fused(layer: ParamWrapper, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+class ParamWrapper(Wrapper):
+    """PEFT's adapter on a projection of 4-bit experts; the same, but that it merges into a 4-bit weight.
+
+    PEFT knows the class by its name.
+    `requantization_error` is what merging or unmerging cost the last time, ‖rounded - exact‖ / ‖exact‖ of the weight.
+    """
+
+    requantization_error: float | None = None
+
+    def get_param(self) -> Tensor:
+        """What PEFT asks for the shape, dtype and device of the weight: one value, expanded."""
+        weight = experts.weight_of(self.get_base_layer(), self.parameter_name)
+        return torch.zeros((), dtype=weight.dtype, device=weight.packed.device).expand(weight.shape)
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return self.base_layer(*args, **kwargs)
+        return fused(self, *args, **kwargs)
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds the adapters to the base weight, all of them or, on an error, none.
+
+        Raises:
+            ValueError: the sum is not finite.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if names:
+            self._add(names, 1)
+            self.merged_adapters += names
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Takes the merged adapters out of the base weight again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._add([name for name in self.merged_adapters if name in self.lora_A], -1)
+        self.merged_adapters.clear()
+
+    def _add(self, names: list[str], sign: int) -> None:
+        base, name = self.get_base_layer(), self.parameter_name
+        weight = fourbit_dequantize(base.fourbit_weight(name), torch.float32)
+        for adapter in names:
+            weight += sign * self.get_delta_weight(adapter).float()
+        self.requantization_error = experts.requantize(base, name, weight)
+        warnings.warn(
+            f"{name} of 4-bit experts was quantized anew as its adapters were merged or unmerged, with a relative "
+            f"error of its weight of {self.requantization_error:.2%}.",
+            stacklevel=3,
+        )
+
+
+def layer_for(target: nn.Module, adapter_name: str, parameter_name: str, config, **kwargs):
+    """The adapter of a projection of 4-bit experts; None for what PEFT has one for itself."""
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if not isinstance(base, experts.FourBitExperts) or parameter_name not in base.fourbit_weights:
+        return None
+    return ParamWrapper(target, adapter_name, parameter_name=parameter_name, config=config, **kwargs)
+
+
+def fused(layer: Wrapper, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts below `layer` with the active adapters of all wrappers around them."""
     adapters = {wrapper.parameter_name: _adapter(wrapper) for wrapper in _active_wrappers(layer)}
     base = layer.get_base_layer()
     return experts.call(base, hidden_states, top_k_index, top_k_weights, adapters)
 
 
-def why_not_call(layer: ParamWrapper, *args, **kwargs) -> str | None:
+def why_not_call(layer: Wrapper, *args, **kwargs) -> str | None:
     """None, or the reason why the operator cannot run, as the rest of "... cannot run on the fast path: "."""
     if len(args) != 3 or kwargs:
         return "its forward was given other arguments than hidden_states, top_k_index and top_k_weights"
@@ -39,7 +105,7 @@ def why_not_call(layer: ParamWrapper, *args, **kwargs) -> str | None:
     return why_not(layer)
 
 
-def why_not(layer: ParamWrapper) -> str | None:
+def why_not(layer: Wrapper) -> str | None:
     base = layer.get_base_layer()
     reason = experts.why_not(base)
     if reason is not None:
@@ -50,10 +116,9 @@ def why_not(layer: ParamWrapper) -> str | None:
         return "its base layer has hooks or a forward of its own"
     if parametrize.is_parametrized(base):
         return "its base layer has parametrizations"
-    weights = ("gate_up_proj" if base.has_gate else "up_proj", "down_proj")
     for wrapper in _active_wrappers(layer):
         name = wrapper.parameter_name
-        if name not in weights or wrapper.num_experts != base.num_experts:
+        if name not in experts.projections(base) or wrapper.num_experts != base.num_experts:
             return f"{name} is not a projection of the experts"
         dtype = experts.weight_of(base, name).dtype
         for adapter in _active_adapters(wrapper):
@@ -67,24 +132,24 @@ def why_not(layer: ParamWrapper) -> str | None:
     return None
 
 
-def _wrappers(layer: nn.Module) -> Iterator[ParamWrapper]:
+def _wrappers(layer: nn.Module) -> Iterator[Wrapper]:
     """`layer` and the wrappers within it, down to the experts."""
-    while isinstance(layer, ParamWrapper):
+    while isinstance(layer, Wrapper):
         yield layer
         layer = layer.base_layer
 
 
-def _active_wrappers(layer: ParamWrapper) -> Iterator[ParamWrapper]:
+def _active_wrappers(layer: Wrapper) -> Iterator[Wrapper]:
     for wrapper in _wrappers(layer):
         if not wrapper.disable_adapters and not wrapper.merged and _active_adapters(wrapper):
             yield wrapper
 
 
-def _active_adapters(wrapper: ParamWrapper) -> list[str]:
+def _active_adapters(wrapper: Wrapper) -> list[str]:
     return [name for name in wrapper.active_adapters if name in wrapper.lora_A]
 
 
-def _adapter(wrapper: ParamWrapper) -> experts.Adapter:
+def _adapter(wrapper: Wrapper) -> experts.Adapter:
     """The wrapper's active adapters as one: several stand side by side, each with its scaling in B."""
     count, parts = wrapper.num_experts, []
     for name in _active_adapters(wrapper):

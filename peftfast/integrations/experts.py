@@ -8,13 +8,18 @@ interleaved, transposed, with biases, with a norm behind the experts. Weights th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
+from peftfast.nn.fourbit import ENTRIES, pack_state, unpack_state
 from peftfast.nn.moe import Routing, moe_combine
+from peftfast.ops import FourBitWeight, fourbit_dequantize, fourbit_quantize
 from peftfast.ops.lora import DTYPES, KERNEL_DEVICES
 
 NAME = "peftfast"
@@ -57,14 +62,14 @@ def call(
 ) -> Tensor:
     """The experts with `adapters` on their projections, by the name of the parameter."""
     routing = Routing(top_k_index, experts.num_experts)
-    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    up, down = projections(experts)
     with torch.autocast(
         hidden_states.device.type, enabled=False
     ):  # as "grouped_mm": in the dtype of the weights
         hidden = hidden_states.to(weight_of(experts, up).dtype)
         hidden = _project(experts, up, hidden, routing, adapters, gather=True)
         hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
-        hidden = _project(experts, "down_proj", hidden, routing, adapters)
+        hidden = _project(experts, down, hidden, routing, adapters)
         if experts.has_post_expert_norm:
             hidden = experts.post_expert_norm(hidden)
         return moe_combine(hidden, routing.weights(top_k_weights), routing.places).to(hidden_states.dtype)
@@ -83,19 +88,32 @@ def _project(
     )  # fmt: skip
 
 
-def weight_of(experts: nn.Module, name: str):
-    """The weights of a projection: a parameter, or in 4 bits."""
-    fourbit = experts.__dict__.get("_fourbit_weights")
-    return getattr(experts, name) if fourbit is None or name not in fourbit else experts.fourbit_weight(name)
+def weight_of(experts: nn.Module, name: str) -> Tensor | FourBitWeight:
+    """The weights of a projection: the parameter, or what it holds in 4 bits."""
+    return experts.fourbit_weight(name) if name in _quantized(experts) else getattr(experts, name)
+
+
+def _quantized(experts: nn.Module) -> Iterable[str]:
+    return experts.fourbit_weights if isinstance(experts, FourBitExperts) else ()
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether the module is of a class of experts that transformers dispatches, and not quantized yet."""
+    flags = ("has_gate", "has_bias", "is_transposed", "num_experts")
+    return all(hasattr(module, flag) for flag in flags) and not isinstance(module, FourBitExperts)
+
+
+def projections(experts: nn.Module) -> tuple[str, str]:
+    """The parameters of the two projections."""
+    return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
 
 
 def why_not(experts: nn.Module) -> str | None:
     """None, or the reason why the operator cannot compute these experts, whatever the input."""
-    for flag in ("has_gate", "has_bias", "is_transposed", "num_experts"):
-        if not hasattr(experts, flag):
-            return f"a {type(experts).__name__} is not one of transformers' dispatched experts"
-    for name in ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj"):
-        if name in experts.__dict__.get("_fourbit_weights", ()):
+    if not is_experts(experts) and not isinstance(experts, FourBitExperts):
+        return f"a {type(experts).__name__} is not one of transformers' dispatched experts"
+    for name in projections(experts):
+        if name in _quantized(experts):
             continue
         weight = getattr(experts, name, None)
         if type(weight) is not nn.Parameter and type(weight) is not Tensor:
@@ -107,6 +125,135 @@ def why_not(experts: nn.Module) -> str | None:
         if weight.dtype not in DTYPES or weight.dim() != 3:
             return f"its {name} is {weight.dtype} in {list(weight.shape)}"
     return None
+
+
+# ---- experts in 4 bits ------------------------------------------------------------------------------------
+
+
+class FourBitExperts(nn.Module):
+    """What `quantize_experts` adds to a class of experts: projections whose parameter is the packed weight.
+
+    A projection's state_dict entries are those of a 4-bit linear layer, with the parameter's name for `weight`.
+
+    Attributes:
+        fourbit_weights: the quantized projections, by the name of their parameter.
+    """
+
+    fourbit_weights: dict[str, FourBitWeight]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return call(self, hidden_states, top_k_index, top_k_weights, {})
+
+    def fourbit_weight(self, name: str) -> FourBitWeight:
+        """The weight as the operators take it, for every call anew: parameters are replaced at any time."""
+        quantized, packed = self.fourbit_weights[name], getattr(self, name)
+        if quantized.packed is not packed:
+            quantized = self.fourbit_weights[name] = replace(quantized, packed=packed)
+        return quantized
+
+    def set_fourbit_weight(self, name: str, quantized: FourBitWeight) -> None:
+        packed = quantized.packed.detach().reshape(-1).view(torch.uint8).unsqueeze(1)
+        setattr(self, name, nn.Parameter(packed, requires_grad=False))
+        self.fourbit_weights[name] = replace(quantized, packed=getattr(self, name))
+
+    def _apply(self, fn, recurse: bool = True):
+        """Where `.to`, `.half` and the like end: what describes a weight moves with it and is never cast."""
+        super()._apply(fn, recurse)
+        for name, quantized in self.fourbit_weights.items():
+            packed = getattr(self, name)
+            self.fourbit_weights[name] = replace(quantized, packed=packed).to(packed.device)
+        return self
+
+    def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self.fourbit_weights:
+            for entry, value in pack_state(self.fourbit_weight(name)).items():
+                destination[f"{prefix}{name}{entry}"] = value
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        """Reads and checks all projections before it assigns any.
+
+        Raises:
+            ValueError: the entries of a weight do not fit together or not this layer; the message names the tensor.
+        """
+        loaded, others = {}, dict(state_dict)
+        for name, quantized in self.fourbit_weights.items():
+            key = prefix + name
+            state = {entry: others.pop(key + entry) for entry in ENTRIES if key + entry in others}
+            if state:
+                loaded[name] = unpack_state(state, quantized.shape, key)
+        super()._load_from_state_dict(
+            others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        for name, quantized in loaded.items():
+            if prefix + name in missing_keys:
+                missing_keys.remove(prefix + name)
+            self.set_fourbit_weight(name, deepcopy(quantized).to(getattr(self, name).device))
+
+    def __reduce_ex__(self, protocol):
+        return _restored, (type(self).__mro__[2], self.__dict__)
+
+
+@functools.cache
+def _fourbit_class(kind: type[nn.Module]) -> type[FourBitExperts]:
+    return type(kind.__name__, (FourBitExperts, kind), {"__module__": kind.__module__})
+
+
+def _restored(kind: type[nn.Module], state: dict) -> nn.Module:
+    experts = kind.__new__(_fourbit_class(kind))
+    experts.__setstate__(state)
+    return experts
+
+
+def quantize_experts(
+    model: nn.Module, *, quant_type: str = "nf4", blocksize: int = 64, nested: bool = True
+) -> nn.Module:
+    """Quantizes the fused experts within `model` to 4 bits, one projection after the other, in place.
+
+    bitsandbytes and transformers leave them as they are. Works for every class of experts that transformers dispatches;
+    they then run on the grouped operator whatever the model's experts implementation.
+
+    Args:
+        quant_type, blocksize, nested: as in `peftfast.ops.fourbit_quantize`.
+    Returns:
+        `model` itself.
+    Raises:
+        ValueError: the model has no such experts, or a weight, which the message names, is not usable.
+    """
+    found = [(name, module) for name, module in model.named_modules() if is_experts(module)]
+    if not found:
+        raise ValueError("model has no experts that could be quantized.")
+    for name, module in found:
+        module.__class__ = _fourbit_class(type(module))
+        module.fourbit_weights = {}
+        for projection in projections(module):
+            try:
+                quantized = fourbit_quantize(
+                    getattr(module, projection), quant_type=quant_type, blocksize=blocksize, nested=nested
+                )
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}.{projection}: {error}") from None
+            module.set_fourbit_weight(projection, quantized)
+    return model
+
+
+def requantize(experts: FourBitExperts, name: str, dense: Tensor) -> float:
+    """Quantizes `dense` into a projection, whose format stays.
+
+    Returns:
+        The error of doing so: ‖dequantized - dense‖ / ‖dense‖.
+    Raises:
+        ValueError: `dense` is not finite; the experts stay as they were.
+    """
+    old = experts.fourbit_weight(name)
+    nested = old.nested is not None
+    new = fourbit_quantize(dense, quant_type=old.quant_type, blocksize=old.blocksize, nested=nested)
+    distance = torch.linalg.vector_norm(fourbit_dequantize(new, torch.float32).sub_(dense))
+    norm = torch.linalg.vector_norm(dense)
+    experts.set_fourbit_weight(name, replace(new, dtype=old.dtype).to(old.packed.device))
+    return (distance / norm).item() if norm > 0 else 0.0
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)

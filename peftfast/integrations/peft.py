@@ -116,8 +116,12 @@ def _warn_of_rounding(layer: LoraLinear4bit, error: float) -> None:
         )
 
 
-def layer_for(target: nn.Module, adapter_name: str, config, **kwargs) -> LoraLinear4bit | None:
-    """The LoRA layer of a `peftfast.nn.Linear4bit`; None for what PEFT has layers for itself."""
+def layer_for(
+    target: nn.Module, adapter_name: str, config, parameter_name: str | None = None, **kwargs
+) -> LoraLayer | None:
+    """The LoRA layer of a `peftfast.nn.Linear4bit` or of 4-bit experts; None for what PEFT has layers for itself."""
+    if parameter_name is not None:
+        return expert_adapters.layer_for(target, adapter_name, parameter_name, config, **kwargs)
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     return LoraLinear4bit(target, adapter_name, config, **kwargs) if isinstance(base, Linear4bit) else None
 
@@ -135,13 +139,13 @@ def stand_ins() -> Iterator[tuple[type, Callable]]:
         why_not_call, fused = _why_not_kind, None
         if kind in FUSED:
             why_not_call, fused = _why_not_call, _fused
-        elif kind is ParamWrapper:
+        elif issubclass(kind, ParamWrapper):
             why_not_call, fused = expert_adapters.why_not_call, expert_adapters.fused
         yield kind, lambda original, why=why_not_call, run=fused: stand_in(original, NAME, _at_rest, why, run)
 
 
 def why_not(layer: LoraLayer) -> str | None:
-    if type(layer) is ParamWrapper:
+    if isinstance(layer, ParamWrapper):
         return (
             _at_rest(layer)
             or why_not_reached(layer)

@@ -1,0 +1,614 @@
+"""Linear layers over groups of rows, and the experts of mixtures on them, against float64 and transformers.
+
+The rule of accuracy is that of test_lora.py; the computation that the op replaces is the loop over groups that
+`reference.grouped_linear` spells out. A and B are never zero, and B lies in memory as PEFT stores that of experts.
+"""
+
+import importlib
+import itertools
+import math
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from test_lora import LAYOUTS, assert_equal, name_of_bad, strided
+from torch.utils.checkpoint import checkpoint
+
+from peftfast import reference
+from peftfast.nn.moe import Routing
+from peftfast.ops import fourbit_quantize, grouped_linear, moe_combine
+from peftfast.ops.moe import call
+from peftfast.reference import FourBitWeight
+from peftfast.testing import assert_as_accurate, bytes_saved_for_backward
+
+FORWARD = torch.ops.peftfast.grouped_linear.default
+BACKWARD = torch.ops.peftfast.grouped_linear_backward.default
+COMBINE = torch.ops.peftfast.moe_combine.default
+COMBINE_BACKWARD = torch.ops.peftfast.moe_combine_backward.default
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+DTYPES = {  # of x, of the adapters
+    "fp32": (F32, F32),
+    "bf16": (BF16, BF16),
+    "fp16": (F16, F16),
+    "bf16-fp32": (BF16, F32),
+    "fp16-fp32": (F16, F32),
+}
+WEIGHTS = {  # how the weight is quantized, None: dense; and whether it is stored transposed
+    "dense": (None, False),
+    "dense transposed": (None, True),
+    "nf4": (dict(), False),
+    "nf4 transposed": (dict(blocksize=128), True),
+    "fp4 plain": (dict(quant_type="fp4", nested=False, blocksize=32), False),
+    "fp4 plain transposed": (dict(quant_type="fp4", nested=False), True),
+}
+SHAPES = [(33, 65, 3), (128, 64, 16), (130, 129, 5), (96, 31, 40)]  # K, N, rank
+EXPERTS, SLOTS = 5, 4
+
+
+@dataclass
+class Grouping:
+    """Rows of no group before the first, the rows of each group, and what the groups have; slot 3 is never used."""
+
+    sizes: tuple
+    experts: tuple
+    slots: tuple
+    before: int = 0
+    after: int = 0
+
+    @property
+    def M(self):
+        return self.before + sum(self.sizes) + self.after
+
+    @property
+    def offsets(self):
+        return torch.tensor([self.before, *itertools.accumulate(self.sizes, initial=self.before)][1:])
+
+
+# An expert and a slot twice, neighbours and not; more and fewer rows than the few that a 4-bit product treats alone.
+MIXED = Grouping((13, 0, 1, 40, 12, 9), (4, 0, 2, 1, 4, 3), (1, -1, 0, 1, -1, 0), before=2, after=3)
+GROUPINGS = {
+    "in order": Grouping((5, 14, 2, 6), (0, 1, 2, 3), (0, 1, 2, 0)),
+    "no adapter": Grouping((5, 14), (3, 1), (-1, -7)),
+    "one row": Grouping((0, 0, 1, 0), (3, 1, 2, 0), (0, 1, 2, 0)),
+    "all in one": Grouping((0, 77, 0), (3, 1, 2), (0, 2, 1)),
+    "one expert": Grouping((11, 12, 13, 14), (2, 2, 2, 2), (2, 0, 1, 2)),
+    "one adapter": Grouping((30, 1, 12, 20), (3, 1, 2, 0), (1, 1, 1, 1), after=1),
+    "empty": Grouping((0, 0, 0), (3, 1, 2), (0, 2, 1), before=3, after=2),
+    "no groups": Grouping((), (), (), before=4),
+    "no rows": Grouping((0, 0), (3, 1), (0, 2)),
+    "nothing": Grouping((), (), ()),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(nothing_leaks):
+    """As in test_lora.py: the operands are small."""
+    torch.set_num_threads(1)
+
+
+def parametrized(name, cases):
+    return pytest.mark.parametrize(name, cases.values(), ids=cases.keys())
+
+
+by_dtype, by_weight, by_grouping = (
+    parametrized(*case) for case in [("dtypes", DTYPES), ("kind", WEIGHTS), ("grouping", GROUPINGS)]
+)
+
+
+@dataclass
+class Problem:
+    """One call: the operands that may have a gradient, the weight, the gradient of the output, all other arguments."""
+
+    leaves: dict
+    weight: torch.Tensor | FourBitWeight
+    grad: torch.Tensor
+    offsets: torch.Tensor
+    settings: dict = field(default_factory=dict)
+
+    def map(self, f):
+        """The same problem with f applied to every operand but a 4-bit weight."""
+        weight = f(self.weight) if isinstance(self.weight, torch.Tensor) else self.weight
+        leaves = {name: f(leaf) for name, leaf in self.leaves.items()}
+        return replace(self, leaves=leaves, weight=weight, grad=f(self.grad))
+
+    def having(self, **settings):
+        return replace(self, settings=self.settings | settings)
+
+
+def problem(
+    grouping=MIXED, shape=SHAPES[0], dtypes=DTYPES["bf16-fp32"], kind=WEIGHTS["dense"],
+    *, dropout=0.0, tokens=None, adapters=True, bias=True, compute_dtype=None,
+):  # fmt: skip
+    """Random operands with outputs of order one. `tokens`: rows of x, which the rows of the product repeat."""
+    (K, N, r), (dtype, adapter_dtype), (format, transposed), M = shape, dtypes, kind, grouping.M
+    weight = torch.randn(EXPERTS, *((K, N) if transposed else (N, K))) * max(K, 1) ** -0.5
+    leaves = {"x": torch.randn(M if tokens is None else tokens, K).to(dtype)}
+    if adapters:
+        leaves["lora_A"] = (torch.randn(SLOTS, r, K) * max(K, 1) ** -0.5).to(adapter_dtype)
+        leaves["lora_B"] = (torch.randn(N, r * SLOTS) * r**-0.5).to(adapter_dtype).reshape(N, r, SLOTS)
+        leaves["lora_B"] = leaves["lora_B"].permute(2, 0, 1)
+    return Problem(
+        leaves | ({"bias": torch.randn(EXPERTS, N).to(dtype)} if bias else {}),
+        weight.to(dtype) if format is None else fourbit_quantize(weight.to(dtype), **format),
+        torch.randn(M, N).to(dtype),
+        grouping.offsets,
+        dict(
+            experts=torch.tensor(grouping.experts, dtype=torch.int64),
+            slots=torch.tensor(grouping.slots, dtype=torch.int64),
+            rows=None if tokens is None else torch.randint(tokens, (M,)),
+            scaling=0.75,
+            dropout=dropout,
+            transposed=transposed,
+            seed=torch.tensor([20240229]) if dropout else None,
+            compute_dtype=compute_dtype,
+        ),
+    )
+
+
+def forward_backward(function, p, wanted=None):
+    """The output and the gradients of the operands named in `wanted` (all of them if None), by name."""
+    leaves = {name: leaf.detach() for name, leaf in p.leaves.items()}
+    wanted = list(leaves) if wanted is None else wanted
+    for name in wanted:
+        leaves[name].requires_grad_()
+    rest = {name: leaf for name, leaf in leaves.items() if name != "x"}
+    out = function(leaves["x"], p.weight, p.offsets, **rest, **p.settings)
+    if out.requires_grad:
+        out.backward(p.grad.to(out.dtype))
+    for name in wanted:  # the reference gives none to what no group uses
+        leaves[name].grad = torch.zeros_like(leaves[name]) if leaves[name].grad is None else leaves[name].grad
+    return {"output": out.detach()} | {f"grad of {name}": leaf.grad for name, leaf in leaves.items()}
+
+
+def in_float64(p, of_weight=lambda dense: dense):
+    """The oracle: what the codes stand for, and nothing rounded after that."""
+    dense = p.weight
+    if isinstance(dense, FourBitWeight):
+        dense = reference.fourbit_dequantize(dense, torch.float64)
+    exact = replace(p.map(torch.Tensor.double), weight=of_weight(dense.double()))
+    return forward_backward(reference.grouped_linear, exact.having(compute_dtype=None))
+
+
+def worst_rounding(p, dtypes):
+    """By how much each element may be off: every sum in fp32, in any order, one rounding to its dtype (a second where
+    gradients of a repeated row add up), and of both sides of the product of a 4-bit weight to compute_dtype.
+
+    The size of the terms of a sum is the same computation on absolute values.
+    """
+    terms = p.grad.shape[0] + 2 * (p.grad.shape[1] + sum(p.leaves["x"].shape)) + 520
+    bounds = in_float64(p.map(torch.abs), torch.abs)
+    for name, size in bounds.items():
+        unit = torch.finfo(dtypes[name]).eps / 2
+        roundings = 2 if name == "grad of x" and p.settings["rows"] is not None else 1
+        product = 0
+        if isinstance(p.weight, FourBitWeight) and name in ("output", "grad of x"):
+            product = 1.01 * torch.finfo(p.settings["compute_dtype"] or p.leaves["x"].dtype).eps
+        bounds[name] = (
+            size * (roundings * unit + product + terms * 2**-24) + torch.finfo(dtypes[name]).smallest_normal * unit
+        )
+    return bounds
+
+
+def check(p, rule=True, function=grouped_linear):
+    """The output and every gradient keep the rule. `rule=False`: no element is off by too much."""
+    got, eager, oracle = (
+        forward_backward(function, p),
+        forward_backward(reference.grouped_linear, p),
+        in_float64(p),
+    )
+    bounds = worst_rounding(p, {name: result.dtype for name, result in got.items()})
+    for name, exact in oracle.items():
+        assert got[name].shape == exact.shape, name
+        assert got[name].dtype == eager[name].dtype, name
+        off = (got[name] - exact).abs() - bounds[name]
+        assert (off <= 0).all(), f"{name} is off by {off.max().item()} more than rounding"
+        if rule and exact.numel() >= 2000:
+            assert_as_accurate(got[name], eager[name], exact, name=name)
+    return got
+
+
+# ------------------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("shape", SHAPES, ids="K{0[0]}-N{0[1]}-r{0[2]}".format)
+@by_weight
+@by_dtype
+def test_accuracy(dtypes, kind, shape, dropout):
+    got = check(problem(MIXED, shape, dtypes, kind, dropout=dropout))
+    assert not got["grad of lora_A"][3].any() and not got["grad of lora_B"][3].any(), "of a slot of no group"
+    assert not got["output"][:2].any() and not got["grad of x"][-3:].any(), "of rows of no group"
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("tokens", [None, 7], ids=["", "repeated"])
+@by_weight
+@by_grouping
+def test_groups(grouping, kind, tokens):
+    check(problem(grouping, SHAPES[2], kind=kind, dropout=0.3, tokens=tokens), rule=False)
+
+
+@pytest.mark.every_isa
+@by_weight
+@by_dtype
+def test_the_weights_alone(dtypes, kind):
+    """No adapters, so that nothing hides the weight's own part."""
+    check(problem(MIXED, SHAPES[2], dtypes, kind, adapters=False, bias=False))
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("compute_dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("kind", [WEIGHTS["nf4"], WEIGHTS["fp4 plain transposed"]], ids=["nf4", "fp4 transposed"])
+@by_dtype
+def test_compute_dtype(dtypes, kind, compute_dtype):
+    check(problem(MIXED, SHAPES[1], dtypes, kind, dropout=0.3, compute_dtype=compute_dtype))
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("kind", [WEIGHTS["dense"], WEIGHTS["nf4"]], ids=["dense", "nf4"])
+@by_dtype
+def test_past_the_blocks(dtypes, kind):
+    """More rows, inputs and outputs than one block of the kernels has."""
+    large = Grouping((2101, 30), (1, 3), (0, 0))
+    check(problem(large, (24, 65, 4), dtypes, kind, dropout=0.1))
+    for K, N in ((4168, 70), (70, 2177)):
+        check(problem(Grouping((13, 0, 5), (1, 3, 0), (2, 1, 0)), (K, N, 32), dtypes, kind, dropout=0.1))
+
+
+@pytest.mark.parametrize("kind", [WEIGHTS["dense"], WEIGHTS["nf4"]], ids=["dense", "nf4"])
+@pytest.mark.parametrize("shape", [(0, 8, 4), (8, 0, 4), (0, 0, 1)], ids=str)
+def test_nothing_to_sum(shape, kind):
+    check(problem(MIXED, shape, kind=kind, dropout=0.3))
+
+
+@pytest.mark.parametrize("dtypes", [DTYPES["fp32"], DTYPES["bf16"]], ids=["fp32", "bf16"])
+def test_experts_and_slots_default_to_the_groups_own(dtypes):
+    p = problem(Grouping((5, 14, 2, 6), (0, 1, 2, 3), (0, 1, 2, 3)), SHAPES[2], dtypes)
+    assert_equal(
+        forward_backward(grouped_linear, p.having(experts=None, slots=None)), forward_backward(grouped_linear, p)
+    )
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_fp32_bias_over_a_low_precision_base(dtype):
+    p = problem(dtypes=(dtype, dtype))
+    p.leaves["bias"] = p.leaves["bias"].float()
+    check(p)
+
+
+def test_scaling_as_a_tensor():
+    p, scaling = problem(dtypes=DTYPES["fp32"]), torch.tensor(0.75, requires_grad=True)
+    got, wanted = forward_backward(grouped_linear, p.having(scaling=scaling)), forward_backward(grouped_linear, p)
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], rtol=1e-5, atol=1e-5, msg=name)
+    assert scaling.grad.abs() > 0
+
+
+@by_dtype
+def test_one_group_is_the_linear_layer(dtypes):
+    """One weight, one adapter, all rows: the bits of lora_linear."""
+    from peftfast.ops import lora_linear
+
+    p = problem(Grouping((50,), (2,), (1,)), SHAPES[2], dtypes, dropout=0.3)
+    got = forward_backward(grouped_linear, p)
+    x, A, B, bias = (leaf.detach().requires_grad_() for leaf in p.leaves.values())
+    y = lora_linear(x, p.weight[2], A[1], B[1], 0.75, bias=bias[2], dropout=0.3, seed=p.settings["seed"])
+    y.backward(p.grad)
+    assert torch.equal(got["output"], y)
+    for name, leaf in zip(p.leaves, (x, A, B)):
+        assert torch.equal(got[f"grad of {name}"], leaf.grad), name
+
+
+# ------------------------------------------------------------------------------------- rows, layouts, groups
+
+
+def with_places(places):
+    def function(x, weight, offsets, lora_A, lora_B, **rest):
+        experts, slots, scaling = (rest.pop(name) for name in ("experts", "slots", "scaling"))
+        return call(x, weight, offsets, experts, slots, lora_A, lora_B, scaling, places=places, **rest)
+
+    return function
+
+
+@pytest.mark.every_isa
+@by_weight
+@by_dtype
+def test_places_are_a_shortcut(dtypes, kind):
+    """Where each row of x is used as often, its gradients add up from the places where they are."""
+    routing = Routing(torch.randint(EXPERTS, (29, 3)), EXPERTS)
+    sizes = tuple(routing.offsets.diff().tolist())
+    p = problem(Grouping(sizes, range(EXPERTS), (1, -1, 2, 0, 1)), SHAPES[2], dtypes, kind, dropout=0.3, tokens=29)
+    check(p.having(rows=routing.rows), function=with_places(routing.places))
+
+
+@pytest.mark.parametrize("tokens", [None, 11], ids=["", "repeated"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@by_dtype
+def test_layouts_change_nothing(dtypes, layout, tokens):
+    p = problem(dtypes=dtypes, dropout=0.3, tokens=tokens)
+    other = p.map(lambda tensor: strided(tensor, layout))
+    assert_equal(forward_backward(grouped_linear, other), forward_backward(grouped_linear, p))
+    assert_equal(
+        forward_backward(grouped_linear, p.map(torch.Tensor.contiguous)), forward_backward(grouped_linear, p)
+    )
+
+
+def test_expanded_operands():
+    p = problem(dtypes=DTYPES["bf16"])
+    p.leaves["x"], p.grad = p.leaves["x"][:1].expand(80, 33), p.grad[:1, :1].expand(80, 65)
+    assert_equal(
+        forward_backward(grouped_linear, p), forward_backward(grouped_linear, p.map(torch.Tensor.contiguous))
+    )
+
+
+group = st.tuples(st.integers(0, 30), st.integers(0, EXPERTS - 1), st.integers(-1, SLOTS - 1))
+
+
+@pytest.mark.every_isa
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    groups=st.lists(group, max_size=9),
+    outside=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    shape=st.tuples(st.integers(1, 70), st.integers(1, 70), st.integers(1, 24)),
+    dtypes=st.sampled_from(list(DTYPES.values())),
+    kind=st.sampled_from(list(WEIGHTS.values())),
+    dropout=st.sampled_from([0.0, 0.5]),
+    tokens=st.none() | st.integers(1, 9),
+)
+def test_any_groups(groups, outside, shape, dtypes, kind, dropout, tokens):
+    sizes, experts, slots = zip(*groups) if groups else ((), (), ())
+    grouping = Grouping(sizes, experts, slots, *outside)
+    torch.manual_seed(grouping.M)
+    check(problem(grouping, shape, dtypes, kind, dropout=dropout, tokens=tokens), rule=False)
+
+
+@pytest.mark.every_isa
+@by_weight
+def test_only_what_has_rows_is_touched(kind):
+    """Whatever the experts and slots of no rows hold, it is not read: here they hold NaN."""
+    grouping = Grouping((13, 0, 5, 0), (4, 0, 2, 1), (1, 0, -1, 2))
+    p = problem(grouping, (64, 32, 5), kind=kind, dropout=0.3)
+    clean = forward_backward(grouped_linear, p)
+    scales = p.weight
+    if isinstance(p.weight, FourBitWeight):  # a block belongs to one expert here
+        p.weight = replace(p.weight, absmax=reference.fourbit_absmax(p.weight), nested=None)
+        scales = p.weight.absmax.view(EXPERTS, -1)
+    for tensor, untouched in ((scales, [0, 1, 3]), (p.leaves["lora_A"], [0, 2, 3]), (p.leaves["lora_B"], [0, 2, 3])):
+        tensor[untouched] = math.nan
+    assert_equal(forward_backward(grouped_linear, p), clean)
+
+
+# ----------------------------------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize("tokens", [None, 11], ids=["", "repeated"])
+@pytest.mark.parametrize(
+    "wanted", list(itertools.product([False, True], repeat=4)), ids=lambda w: "".join("-+"[i] for i in w)
+)
+def test_only_the_gradients_asked_for(wanted, tokens):
+    p = problem(dropout=0.3, tokens=tokens)
+    everything = forward_backward(grouped_linear, p)
+    names = [name for name, want in zip(p.leaves, wanted, strict=True) if want]
+    some = forward_backward(grouped_linear, p, names)
+    assert torch.equal(some.pop("output"), everything.pop("output"))
+    for name, gradient in some.items():
+        if name.removeprefix("grad of ") in names:
+            assert torch.equal(gradient, everything[name]), name
+        else:
+            assert gradient is None, name
+
+
+@by_weight
+def test_operands_are_left_alone(kind):
+    p = problem(kind=kind, dropout=0.3, tokens=11)
+    tensors = [*p.leaves.values(), p.grad, p.offsets, *(v for v in p.settings.values() if isinstance(v, torch.Tensor))]
+    tensors += [p.weight.packed, p.weight.absmax] if isinstance(p.weight, FourBitWeight) else [p.weight]
+    before = [tensor.clone() for tensor in tensors]
+    forward_backward(grouped_linear, p)
+    assert all(map(torch.equal, tensors, before))
+
+
+def test_second_derivative_is_refused():
+    p = problem(dtypes=DTYPES["fp32"])
+    x = p.leaves["x"].requires_grad_()
+    y = grouped_linear(x, p.weight, p.offsets, p.leaves["lora_A"], p.leaves["lora_B"], **p.settings)
+    (grad_x,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        grad_x.square().sum().backward()
+
+
+@pytest.mark.parametrize("tokens", [None, 20], ids=["", "repeated"])
+@by_weight
+def test_saved_for_backward(kind, tokens):
+    """x itself, and 4 bytes per row and rank: no gathered copy, no mask, no decoded weight."""
+    p = problem(shape=(64, 32, 5), kind=kind, dropout=0.3, tokens=tokens)
+    leaves = [leaf.requires_grad_() for leaf in p.leaves.values()]
+    weight = [p.weight] if kind[0] is None else [p.weight.packed, p.weight.absmax]
+    if kind[0] is not None and p.weight.nested:
+        weight += [p.weight.nested.absmax, p.weight.nested.code, p.weight.nested.offset]
+    known = [*leaves, *weight, p.offsets, *(v for v in p.settings.values() if isinstance(v, torch.Tensor))]
+    x, A, B, bias = leaves
+
+    def bytes_saved(*adapters):
+        return bytes_saved_for_backward(
+            lambda: grouped_linear(x, p.weight, p.offsets, *adapters, bias=bias, **p.settings), known
+        )
+
+    assert bytes_saved(A, B) == MIXED.M * 5 * 4
+    assert bytes_saved() <= 8, "without adapters nothing but the weights"
+
+
+def test_without_adapters_x_is_not_saved():
+    p = problem(adapters=False)
+    x = p.leaves["x"].requires_grad_()
+    known = [p.weight, p.offsets, p.settings["experts"], p.settings["slots"]]
+    assert bytes_saved_for_backward(lambda: grouped_linear(x, p.weight, p.offsets, **p.settings), known) <= 8
+
+
+@pytest.mark.parametrize("tokens", [None, 11], ids=["", "repeated"])
+@by_weight
+def test_equal_bits_for_any_number_of_threads(kind, tokens):
+    p = problem(Grouping((300, 0, 1, 40, 12, 9), MIXED.experts, MIXED.slots, 2, 3), (130, 200, 16), kind=kind,
+                dropout=0.3, tokens=tokens)  # fmt: skip
+    one = forward_backward(grouped_linear, p)
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        assert_equal(forward_backward(grouped_linear, p), one)
+
+
+# -------------------------------------------------------------------------------------------- modes of torch
+
+
+def test_manual_seed_decides_the_dropout():
+    p = problem(dropout=0.3).having(seed=None)
+
+    def run(seed, p):
+        torch.manual_seed(seed)
+        return forward_backward(grouped_linear, p)
+
+    assert_equal(run(5, p), run(5, p))
+    assert not torch.equal(run(5, p)["output"], run(6, p)["output"])
+    state = torch.get_rng_state()
+    forward_backward(grouped_linear, p.having(dropout=0.0))
+    assert torch.equal(torch.get_rng_state(), state), "no dropout draws nothing"
+
+
+def test_activation_checkpointing_replays_the_dropout():
+    p = problem(shape=(64, 64, 5), dropout=0.3).having(seed=None)
+
+    def gradients(run):
+        torch.manual_seed(11)
+        x, A, B, bias = (leaf.detach().requires_grad_() for leaf in p.leaves.values())
+
+        def layer(x):
+            y = grouped_linear(x, p.weight, p.offsets, A, B, bias=bias, **p.settings)
+            return torch.nn.functional.silu(y)
+
+        run(layer, run(layer, x)).backward(p.grad)
+        return [leaf.grad for leaf in (x, A, B, bias)]
+
+    plain = gradients(lambda layer, x: layer(x))
+    replayed = gradients(lambda layer, x: checkpoint(layer, x, use_reentrant=False))
+    assert all(map(torch.equal, plain, replayed))
+
+
+@pytest.mark.parametrize("dtypes, autocast", [("fp32", BF16), ("fp32", F16), ("bf16-fp32", BF16), ("bf16", BF16)])
+@by_weight
+def test_autocast(kind, dtypes, autocast):
+    """x and a dense weight are cast as torch casts those of a linear layer; gradients come in the operands' dtypes."""
+    p = problem(shape=SHAPES[2], dtypes=DTYPES[dtypes], kind=kind, dropout=0.3, tokens=11)
+
+    def under(x, weight, *rest, **settings):
+        with torch.autocast("cpu", dtype=autocast):
+            return grouped_linear(x, weight, *rest, **settings)
+
+    def cast(x, weight, *rest, **settings):
+        weight = weight.to(autocast) if isinstance(weight, torch.Tensor) else weight
+        return grouped_linear(x.to(autocast), weight, *rest, **settings)
+
+    got = forward_backward(under, p)
+    assert got["output"].dtype == autocast
+    assert_equal(got, forward_backward(cast, p))
+
+
+# ------------------------------------------------------------------------------- combining what experts say
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("weights_dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("tokens, top_k, H", [(40, 4, 70), (300, 1, 64), (7, 3, 1), (5, 2, 3), (2, 8, 2177), (0, 2, 8),
+                                              (3, 2, 0)])  # fmt: skip
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_combine(dtype, tokens, top_k, H, weights_dtype):
+    x, weights = torch.randn(tokens * top_k, H).to(dtype), torch.rand(tokens, top_k).to(weights_dtype)
+    places, grad = torch.randperm(tokens * top_k).view(tokens, top_k), torch.randn(tokens, H).to(dtype)
+
+    def run(function, x, weights):
+        x, weights = x.detach().requires_grad_(), weights.detach().requires_grad_()
+        y = function(x, weights, places)
+        return y.detach(), *torch.autograd.grad(y, (x, weights), grad.to(y.dtype))
+
+    got, eager = run(moe_combine, x, weights), run(reference.moe_combine, x, weights)
+    oracle = run(reference.moe_combine, x.double(), weights.double())
+    sizes = abs(x).double(), abs(weights).double()
+    grad = grad.abs()
+    for name, ours, rival, exact, size in zip(
+        ("output", "grad of x", "grad of weights"), got, eager, oracle, run(reference.moe_combine, *sizes)
+    ):
+        assert ours.dtype == rival.dtype and ours.shape == exact.shape, name
+        unit = torch.finfo(ours.dtype).eps / 2
+        assert ((ours - exact).abs() <= size * (unit + (H + top_k) * 2**-24) + 1e-30 + 2**-25 * (dtype == F16)).all()
+        if exact.numel() >= 2000:
+            assert_as_accurate(ours, rival, exact, name=name)
+
+
+def test_combine_for_any_number_of_threads_and_layout():
+    x, weights, places = torch.randn(600, 70), torch.rand(200, 3), torch.randperm(600).view(200, 3)
+
+    def run(x, weights, places, grad):
+        x, weights = x.detach().requires_grad_(), weights.detach().requires_grad_()
+        y = moe_combine(x, weights, places)
+        return y.detach(), *torch.autograd.grad(y, (x, weights), grad)
+
+    grad = torch.randn(200, 70)
+    one = run(x, weights, places, grad)
+    torch.set_num_threads(2)
+    assert all(map(torch.equal, run(x, weights, places, grad), one))
+    other = strided(x, "row stride"), strided(weights, "transposed"), places.T.contiguous().T, strided(grad, LAYOUTS[1])
+    assert all(map(torch.equal, run(*other), one))
+
+
+def test_combine_asks_for_no_gradient_of_frozen_weights():
+    x, weights = torch.randn(6, 8, requires_grad=True), torch.rand(3, 2)
+    y = moe_combine(x, weights, torch.randperm(6).view(3, 2))
+    y.sum().backward()
+    assert x.grad is not None and weights.grad is None
+
+
+# ------------------------------------------------------------------------------------------------- routing
+
+
+@pytest.mark.parametrize("index", [
+    torch.tensor([[2, 0], [0, 4], [2, 1]]), torch.tensor([[1, 3]]), torch.tensor([[7, 5], [0, 9]]),
+    torch.full((2, 3), 5), torch.empty(0, 2, dtype=torch.int64), torch.empty(3, 0, dtype=torch.int64),
+], ids=["usual", "one token", "some without an expert", "all without", "no tokens", "no experts"])  # fmt: skip
+def test_routing_sorts_by_expert(index):
+    routing, flat = Routing(index, 5), index.reshape(-1)
+    assert routing.experts.tolist() == list(range(5))
+    for expert in range(5):
+        rows = routing.rows[routing.offsets[expert] : routing.offsets[expert + 1]]
+        assert rows.tolist() == [t for t, chosen in enumerate(index.tolist()) if expert in chosen]
+    assert routing.offsets[0] == 0 and routing.offsets[-1] == (flat < 5).sum()
+    assert routing.places.shape == index.shape and routing.places.flatten().sort()[0].tolist() == [*range(len(flat))]
+    for t, places in enumerate(routing.places.tolist()):
+        assert all(routing.rows[place] == t for place in places)
+
+
+def test_routing_refuses_negative_experts():
+    with pytest.raises(ValueError, match="top_k_index"):
+        Routing(torch.tensor([[0, -1]]), 5)
+
+
+def test_what_has_no_expert_counts_for_nothing():
+    """An index from `count` on: no part in the output, no gradient to its weight nor through its row."""
+    index, x = torch.tensor([[0, 3], [4, 3], [1, 0]]), torch.randn(3, 8, requires_grad=True)
+    weights = torch.rand(3, 2, requires_grad=True)
+    weight, bias = torch.randn(3, 6, 8), torch.randn(3, 6)
+    routing = Routing(index, 3)
+    y = moe_combine(
+        routing.linear(x, weight, bias=bias, gather=True), routing.weights(weights), routing.places
+    )
+    y.sum().backward()
+    none = index >= 3
+    assert not y[1].any() and not x.grad[1].any() and x.grad[0].any()
+    assert not weights.grad[none].any() and (weights.grad[~none] != 0).all()
+    torch.testing.assert_close(y[0], weights[0, 0] * (x[0] @ weight[0].T + bias[0]))
+
+
+def test_routing_without_sentinels_takes_the_weights_as_they_are():
+    weights = torch.rand(2, 2)
+    assert Routing(torch.tensor([[0, 1], [1, 0]]), 2).weights(weights) is weights
