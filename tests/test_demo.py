@@ -18,17 +18,20 @@ def read(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_the_demo_compares_both_backends(tmp_path, capfd):
+def test_the_demo_compares_eager_peft_peftfast_and_qlora(tmp_path, capfd):
     out, record_file = tmp_path / "out", tmp_path / "record.json"
     with pytest.raises(SystemExit) as stopped:
         main(["demo", "--out", str(out), "--json", str(record_file), *SHORT])
     assert not stopped.value.code, capfd.readouterr()
     shown = capfd.readouterr().out
     assert "eager PEFT" in shown
-    assert "the same answer on 40 of 40" in " ".join(shown.split())
+    assert "the same answer on 40 (LoRA) and 40 (QLoRA, over the 4-bit model) of 40" in " ".join(
+        shown.split()
+    )
 
     record = json.loads(record_file.read_text())
-    assert record["same_answers"] == record["answers"] == 40
+    assert record["same_answers"] == {"peftfast": 40, "qlora": 40}
+    assert record["answers"] == 40
     assert record["largest_loss_difference"] < 1e-3
     eager, fast = record["results"]["peft"], record["results"]["peftfast"]
     assert record["speedup"] == pytest.approx(eager["seconds"] / fast["seconds"])
@@ -36,8 +39,16 @@ def test_the_demo_compares_both_backends(tmp_path, capfd):
     assert eager["steps"] == fast["steps"] == 8
     assert fast["after"]["loss"] < fast["before"]["loss"]
     assert fast["trainable_parameters"] < 0.2 * fast["parameters"]
-    for backend in ("peft", "peftfast"):
-        assert (out / backend / "adapter_model.safetensors").is_file()
+    for name in ("peft", "peftfast", "qlora"):
+        assert (out / name / "adapter_model.safetensors").is_file()
+
+    four_bit = record["results"]["qlora"]
+    assert four_bit["quantization"]["quant_type"] == "nf4"
+    assert four_bit["parameters"] == fast["parameters"]
+    assert 4 * four_bit["base_bytes"] < fast["base_bytes"] == 4 * fast["parameters"]
+    assert four_bit["after"]["loss"] < four_bit["before"]["loss"]
+    assert four_bit["before"]["loss"] == pytest.approx(fast["before"]["loss"], rel=0.1)
+    assert "28 of 28 adapted or 4-bit layers on the fast path" in four_bit["report"]
 
 
 def test_the_demo_touches_nothing_of_others(tmp_path, capfd):

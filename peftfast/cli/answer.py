@@ -2,7 +2,8 @@
 
     python answer.py MODEL ADAPTER PROMPTS.json ANSWERS.json
 
-imports transformers and PEFT but never peftfast, loads the adapter over the model and answers every prompt.
+loads the adapter over the model and answers every prompt. It imports transformers and PEFT but never peftfast; a model
+that is to be in 4 bits is the exception, whose frozen layers are peftfast's, and all else PEFT's own code.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ def answer(model, tokenizer, prompts: list[str], *, max_new_tokens: int, batch_s
 
 
 def main(model_name: str, adapter: str, prompts_file: str, answers_file: str) -> None:
-    """Answer {"prompts", "max_new_tokens"} of one file into another, with stock PEFT alone."""
+    """Answer {"prompts", "max_new_tokens", "quantization"} of one file into another, with stock PEFT alone.
+
+    "quantization" is null or the arguments of FourBitConfig.
+    """
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
@@ -48,12 +52,19 @@ def main(model_name: str, adapter: str, prompts_file: str, answers_file: str) ->
     logging.disable_progress_bar()
     with open(prompts_file, encoding="utf-8") as file:
         task = json.load(file)
-    base = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32, local_files_only=True)
+    config = None
+    if task["quantization"] is not None:
+        from peftfast import FourBitConfig
+
+        config = FourBitConfig(**task["quantization"])
+    base = AutoModelForCausalLM.from_pretrained(
+        model_name, dtype=torch.float32, local_files_only=True, quantization_config=config
+    )
     model = PeftModel.from_pretrained(base, adapter)
     tokenizer = AutoTokenizer.from_pretrained(adapter, local_files_only=True)
     answers = answer(model, tokenizer, task["prompts"], max_new_tokens=task["max_new_tokens"])
-    if "peftfast" in sys.modules:
-        raise RuntimeError("peftfast is loaded, so this was not plain PEFT")
+    if "peftfast" in sys.modules and any(layer.fast for layer in sys.modules["peftfast"].report(model)):
+        raise RuntimeError("peftfast ran adapted layers, so this was not plain PEFT")
     with open(answers_file, "w", encoding="utf-8") as file:
         json.dump(answers, file)
 

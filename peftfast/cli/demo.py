@@ -1,4 +1,4 @@
-"""`peftfast demo`: eager PEFT against peftfast on a model and a task that ship with the package."""
+"""`peftfast demo`: eager PEFT, peftfast and QLoRA on a model and a task that ship with the package."""
 
 import contextlib
 import dataclasses
@@ -21,11 +21,11 @@ from peftfast import demo
 from peftfast.cli import answer
 from peftfast.cli.train import (
     ANSWERS_FILE,
-    BACKENDS,
     RESULT_FILE,
     TrainSettings,
     check_output,
     check_record_file,
+    mebibytes,
 )
 
 SETTINGS = {
@@ -39,22 +39,28 @@ SETTINGS = {
     "micro_batch_size": 32,
     "sequence_len": 64,
 }
+RUNS = {
+    "peft": ("eager PEFT", {"backend": "peft"}),
+    "peftfast": ("peftfast", {}),
+    "qlora": ("peftfast, QLoRA", {"method": "qlora"}),
+}
 
 
 @dataclass(frozen=True)
 class DemoResult:
     """The record of a demo.
 
-    `results` holds the TrainResult record of each backend; `speedup` is eager PEFT's training time over
-    peftfast's; `largest_loss_difference` compares the two runs' training losses, logged at the same steps;
-    `same_answers` of `answers` held-out prompts got the same answer from the adapter when plain PEFT loaded
-    it in a process of its own. `seconds` is the time of the whole demo.
+    `results` holds the TrainResult record of each of RUNS; `speedup` is eager PEFT's training time over
+    peftfast's, both of LoRA; `largest_loss_difference` compares these two runs' training losses, logged at the
+    same steps; `same_answers` of `answers` held-out prompts got the same answer from the run's adapter when
+    plain PEFT loaded it in a process of its own, over the base that it was trained on. `seconds` is the time
+    of the whole demo.
     """
 
     results: dict[str, dict]
     speedup: float
     largest_loss_difference: float
-    same_answers: int
+    same_answers: dict[str, int]
     answers: int
     seconds: float
 
@@ -67,7 +73,7 @@ def run_demo(
     max_steps: int | None = None,
     max_eval_examples: int = 500,
 ) -> DemoResult:
-    """Train once with each backend into `out`, reload peftfast's adapter with plain PEFT, and compare.
+    """Train each of RUNS into `out`, reload peftfast's adapters with plain PEFT, and compare.
 
     Raises:
         UserError: `out` holds something else.
@@ -75,50 +81,52 @@ def run_demo(
     """
     started = time.perf_counter()
     runs = {
-        backend: TrainSettings(
+        name: TrainSettings(
             **SETTINGS,
-            out=out / backend,
-            backend=backend,
+            **options,
+            out=out / name,
             max_steps=max_steps,
             max_eval_examples=max_eval_examples,
             overwrite=overwrite,
         )
-        for backend in reversed(BACKENDS)
+        for name, (_, options) in RUNS.items()
     }
     for settings in runs.values():
         check_output(settings)
-    # A process each: the second run finds no memory or compiled state of the first.
-    for backend, settings in runs.items():
-        console.rule(f"training with {'eager PEFT' if backend == 'peft' else 'peftfast'}")
+    # A process each: no run finds memory or compiled state of another.
+    for name, settings in runs.items():
+        console.rule(f"training with {RUNS[name][0]}")
         arguments = ["train", *settings.to_arguments()]
         console.print(shlex.join(["peftfast", *arguments]), style="dim", highlight=False)
         code = subprocess.run([sys.executable, "-m", "peftfast", *arguments], check=False).returncode
         if code:
             raise Exit(code)
-    console.rule("reloading peftfast's adapter with plain PEFT")
-    same, count = _reload(out / "peftfast")
-    results = {
-        backend: json.loads((out / backend / RESULT_FILE).read_text(encoding="utf-8")) for backend in runs
-    }
+    results = {name: json.loads((out / name / RESULT_FILE).read_text(encoding="utf-8")) for name in runs}
+    console.rule("reloading peftfast's adapters with plain PEFT")
+    same_answers = {name: _reload(out / name, results[name]) for name in ("peftfast", "qlora")}
     losses = zip(results["peft"]["losses"], results["peftfast"]["losses"], strict=True)
     return DemoResult(
         results=results,
         speedup=results["peft"]["seconds"] / results["peftfast"]["seconds"],
         largest_loss_difference=max(abs(eager - fast) for (_, eager), (_, fast) in losses),
-        same_answers=same,
-        answers=count,
+        same_answers=same_answers,
+        answers=results["peftfast"]["held_out_examples"],
         seconds=time.perf_counter() - started,
     )
 
 
-def _reload(adapter: Path) -> tuple[int, int]:
-    """Return on how many prompts, of how many, plain PEFT in its own process gives the adapter's answers."""
+def _reload(adapter: Path, result: dict) -> int:
+    """Return on how many prompts plain PEFT, in its own process, gives the answers that training ended with."""
     lines = [json.loads(line) for line in (adapter / ANSWERS_FILE).read_text(encoding="utf-8").splitlines()]
     longest = 1 + max(len(line["completion"].encode()) for line in lines)
     with tempfile.TemporaryDirectory() as folder:
         task, answers = Path(folder, "prompts.json"), Path(folder, "answers.json")
-        prompts = [line["prompt"] for line in lines]
-        task.write_text(json.dumps({"prompts": prompts, "max_new_tokens": longest}), encoding="utf-8")
+        request = {
+            "prompts": [line["prompt"] for line in lines],
+            "max_new_tokens": longest,
+            "quantization": result["quantization"],
+        }
+        task.write_text(json.dumps(request), encoding="utf-8")
         subprocess.run(
             [sys.executable, "-W", "ignore", answer.__file__, demo.BASE, adapter, task, answers],
             check=True,
@@ -126,45 +134,48 @@ def _reload(adapter: Path) -> tuple[int, int]:
             env=os.environ | {"PYTHONSAFEPATH": "1"},
         )
         given = json.loads(answers.read_text(encoding="utf-8"))
-    return sum(line["answer"] == text for line, text in zip(lines, given, strict=True)), len(lines)
+    return sum(line["answer"] == text for line, text in zip(lines, given, strict=True))
 
 
 def show(result: DemoResult, console: Console) -> None:
     """Print the comparison as a table."""
-    eager, fast = result.results["peft"], result.results["peftfast"]
     table = Table(title="snake_case to CamelCase, held-out names", title_justify="left")
     table.add_column("")
-    table.add_column("eager PEFT", justify="right")
-    table.add_column("peftfast", justify="right")
+    for name in result.results:
+        table.add_column(RUNS[name][0], justify="right")
     for label, cell in {
         "exact match, base model": lambda run: f"{run['before']['exact_match']:.1%}",
         "exact match, tuned": lambda run: f"{run['after']['exact_match']:.1%}",
         "training time": lambda run: f"{run['seconds']:.1f} s",
         "training speed": lambda run: f"{run['tokens_per_second']:,.0f} tokens/s",
-        "peak memory": lambda run: f"{run['peak_memory_mib']:,.0f} MiB",
+        "frozen weights": lambda run: mebibytes(run["base_bytes"]),
+        "peak memory of the process": lambda run: f"{run['peak_memory_mib']:,.0f} MiB",
     }.items():
-        table.add_row(label, cell(eager), cell(fast))
+        table.add_row(label, *map(cell, result.results.values()))
     console.print(table)
+    fast, same = result.results["peftfast"], result.same_answers
     trained, frozen = fast["trainable_parameters"], fast["parameters"]
     console.print(
-        f"peftfast trained {result.speedup:.2f} times as fast, on the same seed and data; "
+        f"peftfast trained LoRA {result.speedup:.2f} times as fast, on the same seed and data; "
         f"training losses differ by at most {result.largest_loss_difference:.1e}.\n"
+        "QLoRA keeps the linear layers of the frozen model in 4 bits. Beside Python and its libraries a model so "
+        "small hardly counts: see the weights' own size.\n"
         f"Trained: {trained:,} of {trained + frozen:,} parameters ({trained / (trained + frozen):.1%}).\n"
-        f"Reloaded by plain PEFT, the adapter gives the same answer on {result.same_answers} of "
-        f"{result.answers} held-out names.\n"
+        f"Reloaded by plain PEFT, the adapters give the same answer on {same['peftfast']} (LoRA) and "
+        f"{same['qlora']} (QLoRA, over the 4-bit model) of {result.answers} held-out names.\n"
         f"The whole demo took {result.seconds:.0f} s.",
         highlight=False,
     )
 
 
 def command(
-    out: Annotated[Path | None, Option(help="Keep both adapters in this folder.")] = None,
+    out: Annotated[Path | None, Option(help="Keep the adapters in this folder.")] = None,
     json_file: Annotated[Path | None, Option("--json", help="Write the result record to this file.")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an earlier demo's adapters.")] = False,
     max_steps: Annotated[int | None, Option(hidden=True)] = None,
     max_eval_examples: Annotated[int, Option(hidden=True)] = 500,
 ) -> None:
-    """Fine-tune a small model that ships with peftfast, once with eager PEFT and once with peftfast."""
+    """Fine-tune a small model that ships with peftfast: with eager PEFT, with peftfast, and in 4 bits."""
     check_record_file(json_file)
     console = Console()
     with contextlib.ExitStack() as stack:

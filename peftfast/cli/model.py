@@ -46,22 +46,30 @@ def load_tokenizer(name: str, local: bool):
     return tokenizer
 
 
-def load_model(name: str, dtype: str, local: bool):
+def load_model(name: str, dtype: str, local: bool, four_bit_config=None):
     """Return the causal language model with weights of torch's `dtype`; `local` keeps off the network.
+
+    `four_bit_config`, a FourBitConfig, keeps its linear layers in 4 bits; None: the model is dense.
 
     Raises:
         UserError: it cannot be loaded, is no causal language model, or lacks some of its weights.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    path = Path(name).expanduser() if local else name
     try:
+        config = AutoConfig.from_pretrained(path, local_files_only=local)
+        if four_bit_config is None and getattr(config, "quantization_config", {}).get("load_in_4bit"):
+            raise ValueError("its weights are in 4 bits, which takes --method qlora")
         model, info = AutoModelForCausalLM.from_pretrained(
-            Path(name).expanduser() if local else name,
+            path,
+            config=config,
             dtype=getattr(torch, dtype),
             local_files_only=local,
             use_safetensors=True,
             output_loading_info=True,
+            quantization_config=four_bit_config,
         )
     except Exception as error:  # as above
         raise UserError(f"--model {name}: the model cannot be loaded: {first_sentence(error)}.") from error

@@ -28,11 +28,14 @@ from peftfast.cli import data
 from peftfast.cli.answer import answer
 from peftfast.cli.errors import UserError, first_sentence
 from peftfast.cli.model import is_local_model, load_model, load_tokenizer
+from peftfast.reference import FOURBIT_BLOCKSIZES, FOURBIT_CODEBOOKS
 
 RESULT_FILE = "train_result.json"
 ANSWERS_FILE = "held_out_answers.jsonl"
 BACKENDS = ("peftfast", "peft")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+# Options of --method qlora, by the argument of FourBitConfig.
+QUANTIZATION = {"quant_type": "quant_type", "blocksize": "blocksize", "nested": "double_quant"}
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ class TrainSettings:
     model: Annotated[str, Option(help="A model folder, or the name of a model on the hub.")]
     data: Annotated[Path, Option(help="Training data: .jsonl or .txt.")]
     out: Annotated[Path, Option(help="The folder that receives the adapter; must not exist or be empty.")]
-    method: Annotated[str, Option(help="How to fine-tune: lora.")] = "lora"
-    backend: Annotated[str, Option(help="peftfast, or peft for PEFT without it.")] = "peftfast"
+    method: Annotated[str, Option(help="lora, or qlora: LoRA on a frozen model in 4 bits.")] = "lora"
+    backend: Annotated[str, Option(help="peftfast, or peft for PEFT's own forwards.")] = "peftfast"
     lora_r: Annotated[int, Option(help="Rank of the adapters.")] = 16
     lora_alpha: Annotated[float, Option(help="Adapters are scaled by lora_alpha / lora_r.")] = 32
     lora_dropout: Annotated[float, Option(help="Dropout on the adapters' input, in [0, 1).")] = 0.0
@@ -58,7 +61,13 @@ class TrainSettings:
     micro_batch_size: Annotated[int, Option(help="Sequences per forward pass.")] = 8
     gradient_accumulation_steps: Annotated[int, Option(help="Forward passes per optimizer step.")] = 1
     sequence_len: Annotated[int, Option(help="Tokens per sequence, at most.")] = 1024
-    dtype: Annotated[str, Option(help="Of the frozen model: fp32 or bf16. Adapters are fp32.")] = "fp32"
+    dtype: Annotated[str, Option(help="Of the frozen model and its products: fp32 or bf16.")] = "fp32"
+    quant_type: Annotated[str | None, Option(help="qlora: nf4, the default, or fp4.")] = None
+    blocksize: Annotated[int | None, Option(help="qlora: weights that share a scale; by default 64.")] = None
+    double_quant: Annotated[
+        bool | None,
+        Option("--double-quant/--no-double-quant", help="qlora: scales in 8 bits too; by default they are."),
+    ] = None
     eval_file: Annotated[Path | None, Option(help="Held-out data; overrides --eval-share.")] = None
     eval_share: Annotated[float, Option(help="Share of the data to hold out, in [0, 1).")] = 0.1
     max_eval_examples: Annotated[int, Option(help="Held-out examples to use, at most.")] = 500
@@ -67,10 +76,20 @@ class TrainSettings:
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the result of an earlier run.")] = False
 
     def __post_init__(self) -> None:
-        for name, choices in {"method": METHODS, "backend": BACKENDS, "dtype": DTYPES}.items():
+        for name, choices in {
+            "method": METHODS,
+            "backend": BACKENDS,
+            "dtype": DTYPES,
+            "quant_type": (None, *FOURBIT_CODEBOOKS),
+            "blocksize": (None, *FOURBIT_BLOCKSIZES),
+        }.items():
             value = getattr(self, name)
             if value not in choices:
-                raise UserError(f"{_option(name)} is one of {', '.join(choices)}, not {value!r}.")
+                listed = ", ".join(str(choice) for choice in choices if choice is not None)
+                raise UserError(f"{_option(name)} is one of {listed}, not {value!r}.")
+        for name in QUANTIZATION.values():
+            if self.method != "qlora" and getattr(self, name) is not None:
+                raise UserError(f"{_option(name)} goes with --method qlora, not with --method {self.method}.")
         for name, minimum in {
             "lora_r": 1,
             "micro_batch_size": 1,
@@ -97,9 +116,11 @@ class TrainSettings:
         arguments = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if value == field.default:
+                continue
             if isinstance(value, bool):
-                arguments += [_option(field.name)] if value else []
-            elif value != field.default:
+                arguments.append(_option(field.name if value else f"no_{field.name}"))
+            else:
                 arguments += [_option(field.name), str(value)]
         return arguments
 
@@ -126,6 +147,8 @@ class Evaluation:
 class TrainResult:
     """The record of a training run, as written to train_result.json.
 
+    `parameters` and `base_bytes` are those of the frozen model; `quantization` is how its linear layers are
+    kept in 4 bits, as arguments of FourBitConfig, None if they are not.
     `seconds` is the time of training alone, without loading and evaluation; `tokens` counts those of the
     training sequences, without padding; `peak_memory_mib` is the process's largest resident set while it
     trained (on a GPU: the largest amount allocated there); `losses` holds [step, training loss] pairs;
@@ -134,6 +157,8 @@ class TrainResult:
 
     settings: dict
     parameters: int
+    base_bytes: int
+    quantization: dict | None
     trainable_parameters: int
     examples: int
     held_out_examples: int
@@ -171,7 +196,7 @@ def attach_lora(model, settings: TrainSettings):
         raise UserError(f"--target-modules {targets}: {first_sentence(error)}.") from error
 
 
-METHODS: dict[str, Callable] = {"lora": attach_lora}
+METHODS: dict[str, Callable] = {"lora": attach_lora, "qlora": attach_lora}
 
 
 def train(settings: TrainSettings, console: Console | None = None) -> TrainResult:
@@ -205,8 +230,60 @@ def train(settings: TrainSettings, console: Console | None = None) -> TrainResul
             examples, held_out = data.split(
                 examples, settings.eval_share, settings.seed, at_most=settings.max_eval_examples
             )
-        model = load_model(settings.model, DTYPES[settings.dtype], local)
+        model = load_model(settings.model, DTYPES[settings.dtype], local, _four_bit_config(settings))
+        _check_quantization(settings, model)
     return _fine_tune(settings, console, model, tokenizer, examples, held_out)
+
+
+def _four_bit_config(settings: TrainSettings):
+    """Return how to keep the base model, or None for dense; the products are always of --dtype."""
+    if settings.method != "qlora":
+        return None
+    from peftfast import FourBitConfig
+
+    given = {argument: getattr(settings, name) for argument, name in QUANTIZATION.items()}
+    given = {argument: value for argument, value in given.items() if value is not None}
+    return FourBitConfig(**given, compute_dtype=DTYPES[settings.dtype])
+
+
+def _check_quantization(settings: TrainSettings, model) -> None:
+    """Refuse a checkpoint that is in 4 bits already, and in others than were asked for."""
+    quantization = _quantization(model)
+    for argument, name in QUANTIZATION.items():
+        value = getattr(settings, name)
+        if value is not None and value != quantization[argument]:
+            raise UserError(
+                f"{_option(name)} asks for {value}, but the model is in 4 bits already, "
+                f"and there it is {quantization[argument]}."
+            )
+
+
+def _quantization(model) -> dict | None:
+    """Return how the model's linear layers are kept in 4 bits, as arguments of FourBitConfig."""
+    from peftfast import FourBitConfig
+
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    if not isinstance(config, FourBitConfig):
+        return None
+    return {argument: getattr(config, argument) for argument in QUANTIZATION} | {
+        "compute_dtype": str(config.compute_dtype).removeprefix("torch.")
+    }
+
+
+def _base_size(model) -> tuple[int, int]:
+    """Return the parameters of a model without adapters, and the bytes that they take."""
+    from peftfast.nn import Linear4bit
+
+    quantized = {
+        module.weight: module.quantized_weight for module in model.modules() if isinstance(module, Linear4bit)
+    }
+    sizes = [
+        (math.prod(quantized[weight].shape), quantized[weight].nbytes)
+        if weight in quantized
+        else (weight.numel(), weight.nbytes)
+        for weight in model.parameters()
+    ]
+    return sum(count for count, _ in sizes), sum(size for _, size in sizes)
 
 
 def _fine_tune(
@@ -218,6 +295,10 @@ def _fine_tune(
     transformers.set_seed(settings.seed)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_backend(settings.backend))
+        parameters, base_bytes = _base_size(model)
+        quantization = _quantization(model)
+        # Without prepare_model_for_kbit_training. Norms and embeddings in fp32, as it would have them, make the
+        # whole residual stream fp32; frozen, they gain nothing by it, and the norms compute in fp32 in any case.
         model = METHODS[settings.method](model, settings)
         folder = stack.enter_context(_folder_written_at_once(settings))
         trainer = _build_trainer(settings, model, tokenizer, examples, str(folder), console)
@@ -235,10 +316,12 @@ def _fine_tune(
                 f"training diverged (the loss is not finite): lower --learning-rate {settings.learning_rate}."
             )
         after, answers = _evaluate(trainer, tokenizer, held_out, console)
-        trainable, parameters = model.get_nb_trainable_parameters()
+        trainable, _ = model.get_nb_trainable_parameters()
         result = TrainResult(
             settings=dataclasses.asdict(settings),
-            parameters=parameters - trainable,
+            parameters=parameters,
+            base_bytes=base_bytes,
+            quantization=quantization,
             trainable_parameters=trainable,
             examples=len(examples),
             held_out_examples=len(held_out),
@@ -495,13 +578,26 @@ def show(result: TrainResult, console: Console) -> None:
         f"({share:.1%}). Adapter: {result.settings['out']}",
         highlight=False,
     )
+    base = f"Frozen weights: {mebibytes(result.base_bytes)}"
+    if (how := result.quantization) is not None:
+        base += (
+            f" where 16 bits would take {mebibytes(2 * result.parameters)}; linear layers in {how['quant_type']}, "
+            f"a scale to {how['blocksize']} weights{', double-quantized' if how['nested'] else ''}, "
+            f"computed in {result.settings['dtype']}"
+        )
+    console.print(f"{base}.", highlight=False)
     if result.report:
         summary, *reasons = result.report.splitlines()
         console.print(summary + (f" (the reasons are in {RESULT_FILE})" if reasons else ""), highlight=False)
 
 
+def mebibytes(size: int) -> str:
+    """Return a number of bytes as text."""
+    return f"{size / 2**20:,.1f} MiB"
+
+
 def command(**options) -> None:
-    """Fine-tune a causal language model with LoRA. The adapter is plain PEFT's."""
+    """Fine-tune a causal language model with LoRA or QLoRA. The adapter is plain PEFT's."""
     # What one library tells another about its next version is no news to the user.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     console = Console()
