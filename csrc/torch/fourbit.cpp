@@ -9,7 +9,7 @@ namespace peftfast {
 namespace {
 
 // weight -> (packed [(count + 1) / 2, 1] uint8, absmax [blocks] fp32)
-std::tuple<Tensor, Tensor> fourbit_quantize_cpu(const Tensor& weight, int64_t blocksize, std::string quant_type) {
+std::tuple<Tensor, Tensor> fourbit_quantize_cpu(const Tensor& weight, int64_t blocksize, int64_t quant_type) {
   STD_TORCH_CHECK(weight.is_cpu(), "weight must be on the CPU.");
   check_blocksize(blocksize);
   const Tensor W = as_contiguous(weight);
@@ -42,12 +42,12 @@ std::tuple<Tensor, Tensor> fourbit_quantize_absmax_cpu(const Tensor& absmax, con
 // -> [rows, columns] in `dtype`
 Tensor fourbit_dequantize_cpu(const Tensor& packed, const Tensor& absmax, std::optional<Tensor> nested_absmax,
                               std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset, int64_t blocksize,
-                              int64_t nested_blocksize, std::string quant_type, int64_t rows, int64_t columns,
-                              std::string dtype) {
+                              int64_t nested_blocksize, int64_t quant_type, int64_t rows, int64_t columns,
+                              int64_t dtype) {
   STD_TORCH_CHECK(rows >= 0 && columns >= 0, "the weight's shape is [", rows, ", ", columns, "].");
   const FourBitMatrix W = matrix_of(packed, absmax, nested_absmax, nested_code, nested_offset, blocksize,
                                     nested_blocksize, quant_type, rows * columns);
-  const DType type = named_dtype(dtype, "dtype");
+  const DType type = numbered_dtype(dtype, "dtype");
   Tensor out = empty({rows, columns}, scalar_type_of(type));
   cpu::fourbit_dequantize({rows * columns, W, type, out.mutable_data_ptr()}, torch_threads());
   return out;
@@ -57,11 +57,11 @@ Tensor fourbit_dequantize_cpu(const Tensor& packed, const Tensor& absmax, std::o
 std::tuple<Tensor, Tensor> fourbit_linear_cpu(const Tensor& x, const Tensor& packed, const Tensor& absmax,
                                               std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_code,
                                               std::optional<Tensor> nested_offset, int64_t blocksize,
-                                              int64_t nested_blocksize, std::string quant_type, int64_t out_features,
+                                              int64_t nested_blocksize, int64_t quant_type, int64_t out_features,
                                               std::optional<Tensor> bias, std::vector<Tensor> lora_A,
                                               std::vector<Tensor> lora_B, std::vector<double> scaling,
                                               std::vector<double> dropout, std::optional<Tensor> seed,
-                                              std::string compute_dtype) {
+                                              int64_t compute_dtype) {
   STD_TORCH_CHECK(x.dim() == 2, "x must have 2 dimensions here, got ", x.dim(), ".");
   STD_TORCH_CHECK(x.is_cpu(), "x must be on the CPU.");
   STD_TORCH_CHECK(out_features >= 0, "out_features is ", out_features, ".");
@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor> fourbit_linear_cpu(const Tensor& x, const Tensor& pac
                     .dtype = dtype,
                     .X = X.const_data_ptr(),
                     .ldx = leading_dimension(X),
-                    .W = {.fourbit = W, .compute = named_dtype(compute_dtype, "compute_dtype")},
+                    .W = {.fourbit = W, .compute = numbered_dtype(compute_dtype, "compute_dtype")},
                     .bias = bias32.data(),
                     .adapters = adapters.plain.data(),
                     .adapter_count = static_cast<int>(adapters.plain.size()),
@@ -95,9 +95,9 @@ std::tuple<Tensor, Tensor> fourbit_linear_cpu(const Tensor& x, const Tensor& pac
 std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fourbit_linear_backward_cpu(
     const Tensor& grad_y, const Tensor& x, const Tensor& packed, const Tensor& absmax,
     std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset,
-    int64_t blocksize, int64_t nested_blocksize, std::string quant_type, std::vector<Tensor> lora_A,
+    int64_t blocksize, int64_t nested_blocksize, int64_t quant_type, std::vector<Tensor> lora_A,
     std::vector<Tensor> lora_B, const Tensor& u, std::vector<double> scaling, std::vector<double> dropout,
-    std::optional<Tensor> seed, std::string compute_dtype, bool want_x, std::vector<bool> want_A,
+    std::optional<Tensor> seed, int64_t compute_dtype, bool want_x, std::vector<bool> want_A,
     std::vector<bool> want_B) {
   STD_TORCH_CHECK(x.dim() == 2 && grad_y.dim() == 2, "x and grad_y must have 2 dimensions here, got ", x.dim(), " and ",
                   grad_y.dim(), ".");
@@ -121,7 +121,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fourbit_linear_back
                           .dtype = dtype,
                           .X = X.const_data_ptr(),
                           .ldx = leading_dimension(X),
-                          .W = {.fourbit = W, .compute = named_dtype(compute_dtype, "compute_dtype")},
+                          .W = {.fourbit = W, .compute = numbered_dtype(compute_dtype, "compute_dtype")},
                           .adapters = adapters.plain.data(),
                           .adapter_count = static_cast<int>(adapters.plain.size()),
                           .seed = seed_data,

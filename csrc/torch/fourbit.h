@@ -2,16 +2,15 @@
 #pragma once
 
 #include <optional>
-#include <string>
 
 #include "checks.h"
 
 namespace peftfast {
 
-inline FourBitType type_of(const std::string& quant_type) {
-  STD_TORCH_CHECK(quant_type == "nf4" || quant_type == "fp4", "quant_type must be 'nf4' or 'fp4', got '", quant_type,
-                  "'.");
-  return quant_type == "nf4" ? FourBitType::nf4 : FourBitType::fp4;
+// Types are numbers here, not names: the stable interface never frees a string.
+inline FourBitType type_of(int64_t quant_type) {
+  STD_TORCH_CHECK(quant_type == 0 || quant_type == 1, "quant_type must be 0 (nf4) or 1 (fp4), got ", quant_type, ".");
+  return static_cast<FourBitType>(quant_type);
 }
 
 inline bool is_power_of_two(int64_t x) { return x > 0 && (x & (x - 1)) == 0; }
@@ -31,8 +30,7 @@ inline const void* checked(const Tensor& t, const char* name, ScalarType type, i
 // A 4-bit matrix of `count` elements; the tensors stay the caller's.
 inline FourBitMatrix matrix_of(const Tensor& packed, const Tensor& absmax, const std::optional<Tensor>& nested_absmax,
                                const std::optional<Tensor>& nested_code, const std::optional<Tensor>& nested_offset,
-                               int64_t blocksize, int64_t nested_blocksize, const std::string& quant_type,
-                               int64_t count) {
+                               int64_t blocksize, int64_t nested_blocksize, int64_t quant_type, int64_t count) {
   check_blocksize(blocksize);
   FourBitMatrix W{};
   W.type = type_of(quant_type);
@@ -60,10 +58,10 @@ inline ScalarType scalar_type_of(DType dtype) {
   return dtype == DType::f32 ? ScalarType::Float : dtype == DType::bf16 ? ScalarType::BFloat16 : ScalarType::Half;
 }
 
-inline DType named_dtype(const std::string& name, const char* argument) {
-  for (DType dtype : {DType::f32, DType::bf16, DType::f16})
-    if (name == (dtype == DType::f32 ? "float32" : dtype == DType::bf16 ? "bfloat16" : "float16")) return dtype;
-  STD_TORCH_CHECK(false, argument, " must be 'float32', 'bfloat16' or 'float16', got '", name, "'.");
+inline DType numbered_dtype(int64_t number, const char* argument) {
+  STD_TORCH_CHECK(number >= 0 && number < dtype_count, argument,
+                  " must be 0 (float32), 1 (bfloat16) or 2 (float16), got ", number, ".");
+  return static_cast<DType>(number);
 }
 
 void register_fourbit(torch::stable::detail::StableLibrary& library);

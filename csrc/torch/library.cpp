@@ -19,17 +19,17 @@ STABLE_TORCH_LIBRARY(peftfast, library) {
   // A 4-bit weight is given by its parts; the three optional ones say how an absmax of 8-bit codes is read.
   const std::string weight =
       "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? nested_offset, int blocksize, "
-      "int nested_blocksize, str quant_type, ";
+      "int nested_blocksize, int quant_type, ";
   const auto def = [&](const std::string& schema) { library.def(schema.c_str()); };
-  def("fourbit_quantize(Tensor weight, int blocksize, str quant_type) -> (Tensor packed, Tensor absmax)");
+  def("fourbit_quantize(Tensor weight, int blocksize, int quant_type) -> (Tensor packed, Tensor absmax)");
   def("fourbit_quantize_absmax(Tensor absmax, Tensor offset, Tensor code, int blocksize) "
       "-> (Tensor codes, Tensor nested_absmax)");
-  def("fourbit_dequantize(" + weight + "SymInt rows, SymInt columns, str dtype) -> Tensor");
+  def("fourbit_dequantize(" + weight + "SymInt rows, SymInt columns, int dtype) -> Tensor");
   def("fourbit_linear(Tensor x, " + weight +
       "SymInt out_features, Tensor? bias, Tensor[] lora_A, Tensor[] lora_B, float[] scaling, float[] dropout, "
-      "Tensor? seed, str compute_dtype) -> (Tensor y, Tensor u)");
+      "Tensor? seed, int compute_dtype) -> (Tensor y, Tensor u)");
   def("fourbit_linear_backward(Tensor grad_y, Tensor x, " + weight +
-      "Tensor[] lora_A, Tensor[] lora_B, Tensor u, float[] scaling, float[] dropout, Tensor? seed, str compute_dtype, "
+      "Tensor[] lora_A, Tensor[] lora_B, Tensor u, float[] scaling, float[] dropout, Tensor? seed, int compute_dtype, "
       "bool want_x, bool[] want_A, bool[] want_B) -> (Tensor grad_x, Tensor[] grad_A, Tensor[] grad_B)");
 
   // A stack of weights [experts, N, K] is dense, or in 4 bits when there is an absmax. offsets, experts and slots say
@@ -37,13 +37,13 @@ STABLE_TORCH_LIBRARY(peftfast, library) {
   const std::string stack =
       "Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? nested_offset, int "
       "blocksize, "
-      "int nested_blocksize, str quant_type, SymInt[] shape, bool transposed, Tensor offsets, Tensor experts, "
+      "int nested_blocksize, int quant_type, SymInt[] shape, bool transposed, Tensor offsets, Tensor experts, "
       "Tensor slots, ";
   def("grouped_linear(Tensor x, " + stack +
-      "Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling, float dropout, Tensor? seed, str compute_dtype) "
+      "Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling, float dropout, Tensor? seed, int compute_dtype) "
       "-> (Tensor y, Tensor u)");
   def("grouped_linear_backward(Tensor grad_y, Tensor x, " + stack +
-      "Tensor? lora_A, Tensor? lora_B, Tensor u, float scaling, float dropout, Tensor? seed, str compute_dtype, "
+      "Tensor? lora_A, Tensor? lora_B, Tensor u, float scaling, float dropout, Tensor? seed, int compute_dtype, "
       "bool want_x, bool want_A, bool want_B) -> (Tensor grad_x, Tensor grad_A, Tensor grad_B)");
   def("moe_combine(Tensor x, Tensor? weights, Tensor places) -> Tensor");
   def("moe_combine_backward(Tensor grad_y, Tensor x, Tensor? weights, Tensor places, bool want_weights) "

@@ -39,8 +39,8 @@ struct Weights {
 
   Weights(const Tensor& weight, const std::optional<Tensor>& absmax, const std::optional<Tensor>& nested_absmax,
           const std::optional<Tensor>& nested_code, const std::optional<Tensor>& nested_offset, int64_t blocksize,
-          int64_t nested_blocksize, const std::string& quant_type, const std::vector<int64_t>& shape, bool transposed,
-          ScalarType type, const std::string& compute_dtype)
+          int64_t nested_blocksize, int64_t quant_type, const std::vector<int64_t>& shape, bool transposed,
+          ScalarType type, int64_t compute_dtype)
       : dense(weight) {
     STD_TORCH_CHECK(weight.is_cpu(), "weight must be on the CPU.");
     STD_TORCH_CHECK(shape.size() == 3 && shape[0] >= 0 && shape[1] >= 0 && shape[2] >= 0,
@@ -51,7 +51,7 @@ struct Weights {
     if (absmax.has_value()) {
       plain.fourbit = matrix_of(weight, *absmax, nested_absmax, nested_code, nested_offset, blocksize, nested_blocksize,
                                 quant_type, experts * N * K);
-      plain.compute = named_dtype(compute_dtype, "compute_dtype");
+      plain.compute = numbered_dtype(compute_dtype, "compute_dtype");
     } else {
       STD_TORCH_CHECK(weight.dim() == 3 && weight.numel() == experts * N * K, "weight has shape ", shape_text(weight),
                       ", expected [", shape[0], ", ", shape[1], ", ", shape[2], "].");
@@ -96,9 +96,9 @@ struct Stack {
 std::tuple<Tensor, Tensor> grouped_linear_cpu(
     const Tensor& x, const Tensor& weight, std::optional<Tensor> absmax, std::optional<Tensor> nested_absmax,
     std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset, int64_t blocksize, int64_t nested_blocksize,
-    std::string quant_type, std::vector<int64_t> shape, bool transposed, const Tensor& offsets, const Tensor& experts,
+    int64_t quant_type, std::vector<int64_t> shape, bool transposed, const Tensor& offsets, const Tensor& experts,
     const Tensor& slots, std::optional<Tensor> bias, std::optional<Tensor> lora_A, std::optional<Tensor> lora_B,
-    double scaling, double dropout, std::optional<Tensor> seed, std::string compute_dtype) {
+    double scaling, double dropout, std::optional<Tensor> seed, int64_t compute_dtype) {
   STD_TORCH_CHECK(x.dim() == 2, "x must have 2 dimensions here, got ", x.dim(), ".");
   const Weights W(weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, nested_blocksize, quant_type,
                   shape, transposed, x.scalar_type(), compute_dtype);
@@ -135,10 +135,10 @@ std::tuple<Tensor, Tensor> grouped_linear_cpu(
 std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward_cpu(
     const Tensor& grad_y, const Tensor& x, const Tensor& weight, std::optional<Tensor> absmax,
     std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset,
-    int64_t blocksize, int64_t nested_blocksize, std::string quant_type, std::vector<int64_t> shape, bool transposed,
+    int64_t blocksize, int64_t nested_blocksize, int64_t quant_type, std::vector<int64_t> shape, bool transposed,
     const Tensor& offsets, const Tensor& experts, const Tensor& slots, std::optional<Tensor> lora_A,
     std::optional<Tensor> lora_B, const Tensor& u, double scaling, double dropout, std::optional<Tensor> seed,
-    std::string compute_dtype, bool want_x, bool want_A, bool want_B) {
+    int64_t compute_dtype, bool want_x, bool want_A, bool want_B) {
   STD_TORCH_CHECK(x.dim() == 2, "x must have 2 dimensions here, got ", x.dim(), ".");
   const Weights W(weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, nested_blocksize, quant_type,
                   shape, transposed, x.scalar_type(), compute_dtype);

@@ -34,6 +34,7 @@ BACKWARD = torch.ops.peftfast.fourbit_linear_backward.default
 QUANTIZE = torch.ops.peftfast.fourbit_quantize.default
 QUANTIZE_ABSMAX = torch.ops.peftfast.fourbit_quantize_absmax.default
 DEQUANTIZE = torch.ops.peftfast.fourbit_dequantize.default
+QUANT_TYPES = tuple(FOURBIT_CODEBOOKS)  # the operators know them, and DTYPES, by their place
 
 
 # ---- quantize and dequantize ----------------------------------------------------------------------------
@@ -69,7 +70,7 @@ def fourbit_quantize(
         )
         finite = torch.isfinite(weight).all()
     else:
-        packed, absmax = QUANTIZE(weight, blocksize, quant_type)
+        packed, absmax = QUANTIZE(weight, blocksize, QUANT_TYPES.index(quant_type))
         quantized = FourBitWeight(packed, absmax, tuple(weight.shape), weight.dtype, quant_type, blocksize)
         finite = torch.isfinite(absmax).all()
     if not finite:
@@ -102,7 +103,7 @@ def fourbit_dequantize(weight: FourBitWeight, dtype: torch.dtype | None = None) 
     if weight.packed.device.type not in KERNEL_DEVICES:
         return reference.fourbit_dequantize(weight, dtype)
     count = math.prod(weight.shape)
-    return DEQUANTIZE(*parts_of(weight), 1, count, name_of(dtype)).view(weight.shape)
+    return DEQUANTIZE(*parts_of(weight), 1, count, DTYPES.index(dtype)).view(weight.shape)
 
 
 def _check_format(quant_type: str, blocksize: int) -> None:
@@ -227,21 +228,21 @@ def call(
     elif seed is None:
         seed = torch.randint(2**63 - 1, (1,), device=x.device)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    parts, compute = parts_of(weight), name_of(compute_dtype or x.dtype)
+    parts, compute = parts_of(weight), DTYPES.index(compute_dtype or x.dtype)
     y, _ = _dispatch(rows, parts, weight.shape[0], bias, lora_A, lora_B, scaling, dropout, seed, compute)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def parts_of(weight: FourBitWeight) -> tuple:
     """The weight as the operators take it."""
-    packed, nested = weight.packed, weight.nested
+    packed, nested, quant_type = weight.packed, weight.nested, QUANT_TYPES.index(weight.quant_type)
     if packed.dtype != torch.uint8:
         packed = packed.reshape(-1).view(torch.uint8)
     if nested is None:
-        return packed, weight.absmax, None, None, None, weight.blocksize, 0, weight.quant_type
+        return packed, weight.absmax, None, None, None, weight.blocksize, 0, quant_type
     return (
         packed, weight.absmax, nested.absmax, nested.code, nested.offset,
-        weight.blocksize, nested.blocksize, weight.quant_type,
+        weight.blocksize, nested.blocksize, quant_type,
     )  # fmt: skip
 
 
@@ -363,7 +364,7 @@ def _(
     packed, absmax, nested_absmax, nested_code, nested_offset, blocksize, nested_blocksize, quant_type,
     rows, columns, dtype,
 ):  # fmt: skip
-    return packed.new_empty(rows, columns, dtype=getattr(torch, dtype))
+    return packed.new_empty(rows, columns, dtype=DTYPES[dtype])
 
 
 @torch.library.register_fake("peftfast::fourbit_linear")

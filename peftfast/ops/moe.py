@@ -99,7 +99,7 @@ def call(
     elif seed is None:
         seed = torch.randint(2**63 - 1, (1,), device=x.device)
     base = _parts(weight)
-    compute = name_of(compute_dtype or x.dtype)
+    compute = DTYPES.index(compute_dtype or x.dtype)
     return _GroupedLinear.apply(
         x, lora_A, lora_B, bias, base, transposed, offsets, experts, slots, rows, places, scaling, dropout, seed,
         compute,
@@ -109,7 +109,7 @@ def call(
 def _parts(weight: Tensor | FourBitWeight) -> tuple:
     """The stack of weights as the operators take it."""
     if isinstance(weight, Tensor):
-        return weight, None, None, None, None, 0, 0, "", list(weight.shape)
+        return weight, None, None, None, None, 0, 0, 0, list(weight.shape)
     return *parts_of(weight), list(weight.shape)
 
 
