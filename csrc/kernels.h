@@ -35,26 +35,21 @@ struct LoraAdapter {
   const void* B;  // [N, rank]
   DType dtype;    // of A, B and their gradients
   int64_t rank;
-  float scaling;
-  float dropout;  // probability in [0, 1)
-  void* grad_A;   // [rank, K], out; null: not wanted (backward only)
-  void* grad_B;   // [N, rank], out; null: not wanted (backward only)
+  float scaling, dropout;  // a probability in [0, 1)
+  void* grad_A;            // [rank, K], out; null: not wanted (backward only)
+  void* grad_B;            // [N, rank], out; null: not wanted (backward only)
 };
 
-// A matrix in bitsandbytes' 4-bit format, whose rules are in fourbit_format.h. Element i of the flat matrix is
-// codebook[code i] * absmax[i / blocksize].
+// A matrix in the format of fourbit_format.h. Element i is codebook[code i] * absmax[i / blocksize], where a nested
+// absmax[b] is nested_code[absmax_codes[b]] * nested_absmax[b / nested_blocksize] + *nested_offset.
 struct FourBitMatrix {
   FourBitType type;
   const uint8_t* packed;  // [(elements + 1) / 2]
-  int64_t blocksize;
-  const float*
-      absmax;  // [blocks]; null: nested, absmax[b] = nested_code[codes[b]] * nested_absmax[b / nested_blocksize]
-               // + *nested_offset
-  const uint8_t* absmax_codes;  // [blocks]
-  const float* nested_absmax;   // [ceil(blocks / nested_blocksize)]
-  const float* nested_code;     // [256]
-  const float* nested_offset;
-  int64_t nested_blocksize;
+  int64_t blocksize, nested_blocksize;
+  const float* absmax;                       // [blocks]; null: nested
+  const uint8_t* absmax_codes;               // [blocks]
+  const float* nested_absmax;                // [ceil(blocks / nested_blocksize)]
+  const float *nested_code, *nested_offset;  // [256]; one
 };
 
 // The frozen weight of a linear layer, in one of two forms.
@@ -83,12 +78,14 @@ struct LoraLinearArgs {
 };
 
 // From G = dL/dY:  V = scaling * G B,  dX = G W + dropout'(V A),  grad_A = V^T dropout(X),  grad_B = G^T U
-struct LoraLinearBackwardArgs {
-  LoraLinearArgs of;  // X may be null when no grad_A is wanted, U when no grad_B is; Y and bias are not read
-  const void* G;      // [M, N]
+template <class Forward>
+struct BackwardArgs {
+  Forward of;     // X may be null when no grad_A is wanted, U when no grad_B is; Y and bias are not read
+  const void* G;  // [M, N]
   int64_t ldg;
   void* dX;  // [M, K], out; null: not wanted
 };
+using LoraLinearBackwardArgs = BackwardArgs<LoraLinearArgs>;
 
 // Rows of X in groups that follow one another. Group g is the rows [offsets[g], offsets[g + 1]); it meets the weight
 // experts[g] and the adapter slots[g], or none when that is negative.
@@ -106,8 +103,7 @@ struct LoraStack {
   const void* A;  // [slots, rank, K]
   const void* B;  // [slots, N, rank] with strides: a stack is stored in several orders
   int64_t B_strides[3];
-  float scaling;
-  float dropout;
+  float scaling, dropout;
   void* grad_A;  // [slots, rank, K], out; null: not wanted (backward only)
   void* grad_B;  // [slots, N, rank], contiguous, out; null: not wanted (backward only)
 };
@@ -127,13 +123,7 @@ struct GroupedLinearArgs {
   void* Y;   // [M, N], out
 };
 
-// The backward of `of`, whose Y is not read and whose U is what the forward left.
-struct GroupedLinearBackwardArgs {
-  GroupedLinearArgs of;  // X may be null when no grad_A is wanted
-  const void* G;         // [M, N]
-  int64_t ldg;
-  void* dX;  // [M, K], out; null: not wanted
-};
+using GroupedLinearBackwardArgs = BackwardArgs<GroupedLinearArgs>;
 
 // Y[t] = sum over k < top_k of weights[t, k] * X[places[t, k]]: what the experts of a token say, put together.
 struct CombineArgs {
@@ -167,9 +157,8 @@ struct FourBitQuantizeArgs {
 // The second quantization: absmax -> 8-bit codes of absmax - offset.
 struct AbsmaxQuantizeArgs {
   int64_t blocks;
-  const float* absmax;  // [blocks]
-  const float* offset;  // one
-  const float* code;    // [256], ascending
+  const float* absmax;         // [blocks]
+  const float *offset, *code;  // one; [256], ascending
   int64_t blocksize;
   uint8_t* codes;        // [blocks], out
   float* nested_absmax;  // [ceil(blocks / blocksize)], out
@@ -183,21 +172,17 @@ struct FourBitDequantizeArgs {
 };
 
 namespace cpu {
-
 void fourbit_quantize(const FourBitQuantizeArgs& args, const Threads& threads);
 void fourbit_quantize_absmax(const AbsmaxQuantizeArgs& args, const Threads& threads);
 void fourbit_dequantize(const FourBitDequantizeArgs& args, const Threads& threads);
-
 void grouped_linear(const GroupedLinearArgs& args, const Threads& threads);
 void grouped_linear_backward(const GroupedLinearBackwardArgs& args, const Threads& threads);
 void combine(const CombineArgs& args, const Threads& threads);
 void combine_backward(const CombineBackwardArgs& args, const Threads& threads);
-
 void lora_linear(const LoraLinearArgs& args, const Threads& threads);
 void lora_linear_backward(const LoraLinearBackwardArgs& args, const Threads& threads);
 
-// The instruction sets compiled in, best first, those of them that this machine can run, and the one in use.
-// PEFTFAST_CPU_ISA forces one; a name that is unknown or that the machine cannot run throws
+// The instruction sets compiled in, best first, and the one in use. A PEFTFAST_CPU_ISA that cannot run throws
 // std::invalid_argument.
 struct IsaInfo {
   const char* name;
@@ -207,8 +192,7 @@ int isa_count();
 IsaInfo isa_info(int index);
 const char* isa_in_use();
 
-// FLOP per second of back-to-back multiply-adds, of the instruction that the kernels use for `dtype`, on
-// `threads.count` threads: the ceiling that a benchmark compares with.
+// FLOP per second of back-to-back multiply-adds, as the kernels use them for `dtype`: the ceiling of a benchmark.
 double machine_peak(DType dtype, const Threads& threads);
 
 }  // namespace cpu
