@@ -137,7 +137,7 @@ def problem(
         grouping.offsets,
         dict(
             experts=torch.tensor(grouping.experts, dtype=torch.int64),
-            slots=torch.tensor(grouping.slots, dtype=torch.int64),
+            slots=torch.tensor(grouping.slots, dtype=torch.int64) if adapters else None,
             rows=None if tokens is None else torch.randint(tokens, (M,)),
             scaling=0.75,
             dropout=dropout,
@@ -187,7 +187,8 @@ def worst_rounding(p, dtypes):
         if isinstance(p.weight, FourBitWeight) and name in ("output", "grad of x"):
             product = 1.01 * torch.finfo(p.settings["compute_dtype"] or p.leaves["x"].dtype).eps
         bounds[name] = (
-            size * (roundings * unit + product + terms * 2**-24) + torch.finfo(dtypes[name]).smallest_normal * unit
+            size * (roundings * unit + product + terms * 2**-24)
+            + torch.finfo(dtypes[name]).smallest_normal * unit
         )
     return bounds
 
@@ -242,7 +243,9 @@ def test_the_weights_alone(dtypes, kind):
 
 @pytest.mark.every_isa
 @pytest.mark.parametrize("compute_dtype", [F32, BF16, F16], ids=str)
-@pytest.mark.parametrize("kind", [WEIGHTS["nf4"], WEIGHTS["fp4 plain transposed"]], ids=["nf4", "fp4 transposed"])
+@pytest.mark.parametrize(
+    "kind", [WEIGHTS["nf4"], WEIGHTS["fp4 plain transposed"]], ids=["nf4", "fp4 transposed"]
+)
 @by_dtype
 def test_compute_dtype(dtypes, kind, compute_dtype):
     check(problem(MIXED, SHAPES[1], dtypes, kind, dropout=0.3, compute_dtype=compute_dtype))
@@ -269,7 +272,8 @@ def test_nothing_to_sum(shape, kind):
 def test_experts_and_slots_default_to_the_groups_own(dtypes):
     p = problem(Grouping((5, 14, 2, 6), (0, 1, 2, 3), (0, 1, 2, 3)), SHAPES[2], dtypes)
     assert_equal(
-        forward_backward(grouped_linear, p.having(experts=None, slots=None)), forward_backward(grouped_linear, p)
+        forward_backward(grouped_linear, p.having(experts=None, slots=None)),
+        forward_backward(grouped_linear, p),
     )
 
 
@@ -282,7 +286,10 @@ def test_fp32_bias_over_a_low_precision_base(dtype):
 
 def test_scaling_as_a_tensor():
     p, scaling = problem(dtypes=DTYPES["fp32"]), torch.tensor(0.75, requires_grad=True)
-    got, wanted = forward_backward(grouped_linear, p.having(scaling=scaling)), forward_backward(grouped_linear, p)
+    got, wanted = (
+        forward_backward(grouped_linear, p.having(scaling=scaling)),
+        forward_backward(grouped_linear, p),
+    )
     for name in wanted:
         torch.testing.assert_close(got[name], wanted[name], rtol=1e-5, atol=1e-5, msg=name)
     assert scaling.grad.abs() > 0
@@ -321,7 +328,9 @@ def test_places_are_a_shortcut(dtypes, kind):
     """Where each row of x is used as often, its gradients add up from the places where they are."""
     routing = Routing(torch.randint(EXPERTS, (29, 3)), EXPERTS)
     sizes = tuple(routing.offsets.diff().tolist())
-    p = problem(Grouping(sizes, range(EXPERTS), (1, -1, 2, 0, 1)), SHAPES[2], dtypes, kind, dropout=0.3, tokens=29)
+    p = problem(
+        Grouping(sizes, range(EXPERTS), (1, -1, 2, 0, 1)), SHAPES[2], dtypes, kind, dropout=0.3, tokens=29
+    )
     check(p.having(rows=routing.rows), function=with_places(routing.places))
 
 
@@ -377,7 +386,11 @@ def test_only_what_has_rows_is_touched(kind):
     if isinstance(p.weight, FourBitWeight):  # a block belongs to one expert here
         p.weight = replace(p.weight, absmax=reference.fourbit_absmax(p.weight), nested=None)
         scales = p.weight.absmax.view(EXPERTS, -1)
-    for tensor, untouched in ((scales, [0, 1, 3]), (p.leaves["lora_A"], [0, 2, 3]), (p.leaves["lora_B"], [0, 2, 3])):
+    for tensor, untouched in (
+        (scales, [0, 1, 3]),
+        (p.leaves["lora_A"], [0, 2, 3]),
+        (p.leaves["lora_B"], [0, 2, 3]),
+    ):
         tensor[untouched] = math.nan
     assert_equal(forward_backward(grouped_linear, p), clean)
 
@@ -405,7 +418,12 @@ def test_only_the_gradients_asked_for(wanted, tokens):
 @by_weight
 def test_operands_are_left_alone(kind):
     p = problem(kind=kind, dropout=0.3, tokens=11)
-    tensors = [*p.leaves.values(), p.grad, p.offsets, *(v for v in p.settings.values() if isinstance(v, torch.Tensor))]
+    tensors = [
+        *p.leaves.values(),
+        p.grad,
+        p.offsets,
+        *(v for v in p.settings.values() if isinstance(v, torch.Tensor)),
+    ]
     tensors += [p.weight.packed, p.weight.absmax] if isinstance(p.weight, FourBitWeight) else [p.weight]
     before = [tensor.clone() for tensor in tensors]
     forward_backward(grouped_linear, p)
@@ -433,20 +451,18 @@ def test_saved_for_backward(kind, tokens):
     known = [*leaves, *weight, p.offsets, *(v for v in p.settings.values() if isinstance(v, torch.Tensor))]
     x, A, B, bias = leaves
 
-    def bytes_saved(*adapters):
-        return bytes_saved_for_backward(
-            lambda: grouped_linear(x, p.weight, p.offsets, *adapters, bias=bias, **p.settings), known
-        )
+    def layer():
+        return grouped_linear(x, p.weight, p.offsets, A, B, bias=bias, **p.settings)
 
-    assert bytes_saved(A, B) == MIXED.M * 5 * 4
-    assert bytes_saved() <= 8, "without adapters nothing but the weights"
+    assert bytes_saved_for_backward(layer, known) == MIXED.M * 5 * 4
 
 
 def test_without_adapters_x_is_not_saved():
     p = problem(adapters=False)
     x = p.leaves["x"].requires_grad_()
-    known = [p.weight, p.offsets, p.settings["experts"], p.settings["slots"]]
-    assert bytes_saved_for_backward(lambda: grouped_linear(x, p.weight, p.offsets, **p.settings), known) <= 8
+    known = [p.weight, p.offsets, p.settings["experts"]]
+    saved = bytes_saved_for_backward(lambda: grouped_linear(x, p.weight, p.offsets, **p.settings), known)
+    assert saved <= MIXED.offsets.nbytes, "no more than the slots and a value that stands for x"
 
 
 @pytest.mark.parametrize("tokens", [None, 11], ids=["", "repeated"])
@@ -496,7 +512,9 @@ def test_activation_checkpointing_replays_the_dropout():
     assert all(map(torch.equal, plain, replayed))
 
 
-@pytest.mark.parametrize("dtypes, autocast", [("fp32", BF16), ("fp32", F16), ("bf16-fp32", BF16), ("bf16", BF16)])
+@pytest.mark.parametrize(
+    "dtypes, autocast", [("fp32", BF16), ("fp32", F16), ("bf16-fp32", BF16), ("bf16", BF16)]
+)
 @by_weight
 def test_autocast(kind, dtypes, autocast):
     """x and a dense weight are cast as torch casts those of a linear layer; gradients come in the operands' dtypes."""
@@ -541,7 +559,9 @@ def test_combine(dtype, tokens, top_k, H, weights_dtype):
     ):
         assert ours.dtype == rival.dtype and ours.shape == exact.shape, name
         unit = torch.finfo(ours.dtype).eps / 2
-        assert ((ours - exact).abs() <= size * (unit + (H + top_k) * 2**-24) + 1e-30 + 2**-25 * (dtype == F16)).all()
+        assert (
+            (ours - exact).abs() <= size * (unit + (H + top_k) * 2**-24) + 1e-30 + 2**-25 * (dtype == F16)
+        ).all()
         if exact.numel() >= 2000:
             assert_as_accurate(ours, rival, exact, name=name)
 
@@ -558,7 +578,12 @@ def test_combine_for_any_number_of_threads_and_layout():
     one = run(x, weights, places, grad)
     torch.set_num_threads(2)
     assert all(map(torch.equal, run(x, weights, places, grad), one))
-    other = strided(x, "row stride"), strided(weights, "transposed"), places.T.contiguous().T, strided(grad, LAYOUTS[1])
+    other = (
+        strided(x, "row stride"),
+        strided(weights, "transposed"),
+        places.T.contiguous().T,
+        strided(grad, LAYOUTS[1]),
+    )
     assert all(map(torch.equal, run(*other), one))
 
 
@@ -583,7 +608,9 @@ def test_routing_sorts_by_expert(index):
         rows = routing.rows[routing.offsets[expert] : routing.offsets[expert + 1]]
         assert rows.tolist() == [t for t, chosen in enumerate(index.tolist()) if expert in chosen]
     assert routing.offsets[0] == 0 and routing.offsets[-1] == (flat < 5).sum()
-    assert routing.places.shape == index.shape and routing.places.flatten().sort()[0].tolist() == [*range(len(flat))]
+    assert routing.places.shape == index.shape and routing.places.flatten().sort()[0].tolist() == [
+        *range(len(flat))
+    ]
     for t, places in enumerate(routing.places.tolist()):
         assert all(routing.rows[place] == t for place in places)
 
@@ -612,3 +639,423 @@ def test_what_has_no_expert_counts_for_nothing():
 def test_routing_without_sentinels_takes_the_weights_as_they_are():
     weights = torch.rand(2, 2)
     assert Routing(torch.tensor([[0, 1], [1, 0]]), 2).weights(weights) is weights
+
+
+# ------------------------------------------------------------------------------------ transformers' experts
+
+
+def experts_of(module, name, **config):
+    """A class of transformers' experts alone, with random weights that are frozen: (H, experts), built when asked."""
+    cls = getattr(importlib.import_module(f"transformers.models.{module}.modeling_{module}"), name)
+
+    def build():
+        experts = cls(SimpleNamespace(_experts_implementation="eager", **config))
+        for parameter in experts.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        return experts.requires_grad_(False)
+
+    return build
+
+
+H, I, COUNT = 48, 40, 6  # noqa: E741
+EXPERT_CLASSES = {  # what is particular: the module, the class, its config
+    "mixtral": ("mixtral", "MixtralExperts", dict(num_local_experts=COUNT, intermediate_size=I, hidden_act="silu")),
+    "qwen2_moe": ("qwen2_moe", "Qwen2MoeExperts", dict(num_experts=COUNT, moe_intermediate_size=I, hidden_act="silu")),
+    "deepseek_v3": (
+        "deepseek_v3", "DeepseekV3Experts",
+        dict(num_local_experts=COUNT, n_routed_experts=COUNT, moe_intermediate_size=I, hidden_act="silu"),
+    ),
+    "transposed, interleaved, with bias": (
+        "gpt_oss", "GptOssExperts",
+        dict(num_local_experts=COUNT, intermediate_size=I, swiglu_alpha=1.7, swiglu_limit=7.0),
+    ),
+    "no gate": (
+        "nemotron_h", "NemotronHExperts",
+        dict(n_routed_experts=COUNT, moe_intermediate_size=I, moe_latent_size=None, mlp_hidden_act="relu2"),
+    ),
+    "norm behind": (
+        "muse_spark", "MuseSparkExperts",
+        dict(num_local_experts=COUNT, moe_hidden_size=H, moe_intermediate_size=I, hidden_act="silu",
+             post_norm_eps=1e-6),
+    ),
+}  # fmt: skip
+by_experts = parametrized("which", EXPERT_CLASSES)
+
+
+def build_experts(which):
+    module, name, config = which
+    return experts_of(module, name, hidden_size=H, **config)()
+
+
+def run_experts(experts, implementation, x, index, weights, grad, trained=()):
+    """The output and the gradients of x, of the routing weights and of the parameters named."""
+    importlib.import_module("peftfast.integrations.experts")
+    experts.config._experts_implementation = implementation
+    parameters = [getattr(experts, name).requires_grad_() for name in trained]
+    x, weights = x.detach().requires_grad_(), weights.detach().requires_grad_()
+    y = experts(x, index.clone(), weights)
+    gradients = torch.autograd.grad(y, (x, weights, *parameters), grad.to(y.dtype))
+    return dict(zip(("output", "grad of x", "grad of weights", *trained), (y.detach(), *gradients)))
+
+
+def routed(tokens, dtype, top_k=3):
+    """Inputs of experts: x, the chosen experts and their weights, and the gradient of the output."""
+    index = torch.rand(tokens, COUNT).topk(top_k).indices
+    return (
+        torch.randn(tokens, H).to(dtype),
+        index,
+        torch.rand(tokens, top_k).to(dtype),
+        torch.randn(tokens, H).to(dtype),
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 90])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@by_experts
+def test_experts_are_those_of_transformers(which, dtype, tokens):
+    experts, arguments = build_experts(which).to(dtype), routed(tokens, dtype)
+    got, *rivals = (run_experts(experts, name, *arguments) for name in ("peftfast", "eager", "grouped_mm"))
+    exact = [t.double() if t.is_floating_point() else t for t in arguments]
+    for name, oracle in run_experts(experts.double(), "eager", *exact).items():
+        assert got[name].dtype == dtype and got[name].shape == oracle.shape, name
+        near = dict(rtol=0, atol=20 * torch.finfo(dtype).eps * oracle.abs().max().item())
+        torch.testing.assert_close(got[name].double(), oracle, **near, msg=name)
+        if oracle.numel() >= 2000:
+            rival = max((rival[name] for rival in rivals), key=lambda t: (t - oracle).norm())
+            assert_as_accurate(got[name], rival, oracle, name=name)
+
+
+@by_experts
+def test_experts_of_no_tokens(which):
+    x, index, weights, grad = (
+        torch.empty(0, H),
+        torch.empty(0, 3).long(),
+        torch.empty(0, 3),
+        torch.empty(0, H),
+    )
+    got = run_experts(build_experts(which), "peftfast", x, index, weights, grad)
+    assert [result.shape for result in got.values()] == [(0, H), (0, H), (0, 3)]
+
+
+@by_experts
+def test_experts_elsewhere_say_nothing(which):
+    """Under expert parallelism an index past the experts stands for one of another machine."""
+    experts, (x, index, weights, grad) = build_experts(which), routed(30, F32)
+    experts._is_expert_parallel = True
+    index[::3, 1] = COUNT
+    index[5] = COUNT
+    weights = weights.masked_fill(index == COUNT, 0.0)
+    got, wanted = (run_experts(experts, name, x, index, weights, grad) for name in ("peftfast", "grouped_mm"))
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], rtol=1e-4, atol=1e-4, msg=name)
+    assert not got["grad of weights"][index == COUNT].any()
+
+
+@by_experts
+def test_experts_that_are_trained_are_left_to_grouped_mm(which):
+    experts, arguments = build_experts(which), routed(30, F32)
+    trained = ["down_proj", "gate_up_proj" if experts.has_gate else "up_proj"]
+    got, wanted = (
+        run_experts(experts, name, *arguments, trained=trained) for name in ("peftfast", "grouped_mm")
+    )
+    assert_equal(got, wanted)
+    with torch.no_grad():  # then nothing is trained
+        y = experts(*arguments[:3])
+        experts.config._experts_implementation = "peftfast"
+        torch.testing.assert_close(experts(*arguments[:3]), y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@by_experts
+def test_adapters_on_experts(which, dtype):
+    """As if W + scaling B A were there: on both projections, of which one adapts two experts alone."""
+    from peftfast.integrations.experts import Adapter, projections
+    from peftfast.integrations.experts import call as call_experts
+
+    experts, (x, index, routing_weights, grad) = build_experts(which).to(dtype), routed(90, dtype)
+    few = torch.full((COUNT,), -1)
+    few[[4, 1]] = torch.tensor([0, 1])
+    factors, adapted = [], {}
+    for name, slots in zip(projections(experts), (few, None)):
+        count = 2 if slots is not None else COUNT
+        shape = getattr(experts, name).shape
+        inputs, outputs = shape[1:] if experts.is_transposed else (shape[2], shape[1])
+        factors += [
+            torch.randn(count, 4, inputs).to(dtype) * 0.1,
+            torch.randn(outputs, 4, count).to(dtype) * 0.3,
+        ]
+        adapted[name] = slots
+
+    def run(x, weights, grad, factors, merged):
+        leaves = [t.detach().clone().requires_grad_() for t in (x, weights, *factors)]
+        x, weights, *leaf = leaves
+        named, adapters = {}, {}
+        for i, (name, slots) in enumerate(adapted.items()):
+            A, B = leaf[2 * i], leaf[2 * i + 1].permute(2, 0, 1)
+            adapters[name] = Adapter(A, B, 0.5, slots=slots)
+            delta = 0.5 * B @ A
+            if slots is not None:
+                delta = torch.where((slots >= 0)[:, None, None], delta[slots.clamp(min=0)], 0.0)
+            named[name] = getattr(experts, name).to(x.dtype) + (delta.mT if experts.is_transposed else delta)
+        if merged:
+            experts.config._experts_implementation = "eager"
+            y = torch.func.functional_call(experts, named, (x, index, weights))
+        else:
+            y = call_experts(experts, x, index, weights, adapters)
+        names = "output", "grad of x", "grad of weights", "up A", "up B", "down A", "down B"
+        return dict(zip(names, (y.detach(), *torch.autograd.grad(y, leaves, grad.to(y.dtype)))))
+
+    got, eager = (run(x, routing_weights, grad, factors, merged) for merged in (False, True))
+    experts.double()
+    oracle = run(x.double(), routing_weights.double(), grad.double(), [f.double() for f in factors], True)
+    for name, exact in oracle.items():
+        assert got[name].dtype == dtype, name
+        assert_as_accurate(got[name], eager[name], exact, name=name, slack=torch.finfo(dtype).eps / 4)
+
+
+MODELS = {
+    "Mixtral": dict(intermediate_size=48, num_local_experts=6, num_experts_per_tok=2),
+    "Qwen2Moe": dict(
+        moe_intermediate_size=40, shared_expert_intermediate_size=32, num_experts=8, num_experts_per_tok=3
+    ),
+    "Qwen3Moe": dict(moe_intermediate_size=40, num_experts=8, num_experts_per_tok=3),
+    "Olmoe": dict(intermediate_size=40, num_experts=8, num_experts_per_tok=3),
+    "GptOss": dict(intermediate_size=48, num_local_experts=4, num_experts_per_tok=2),
+    "DeepseekV3": dict(
+        moe_intermediate_size=32, n_routed_experts=8, num_experts_per_tok=3, n_group=2, topk_group=1,
+        first_k_dense_replace=1, q_lora_rank=24, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
+        v_head_dim=16, num_key_value_heads=4, head_dim=8,
+    ),
+}  # fmt: skip
+
+
+@parametrized("name, settings", {name: (name, settings) for name, settings in MODELS.items()})
+def test_models_are_those_of_transformers(name, settings):
+    """Logits, and gradients of the embeddings and of the routers."""
+    import transformers
+
+    importlib.import_module("peftfast.integrations.experts")
+    config = getattr(transformers, f"{name}Config")(**dict(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=100,
+    ) | settings)  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    routers = []
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.05)
+        trained = parameter_name.endswith(("gate.weight", "router.weight"))
+        routers += [parameter.requires_grad_(trained)] if trained else [parameter.requires_grad_(False)][:0]
+    embeddings = model.get_input_embeddings()(torch.randint(100, (2, 17))).detach().requires_grad_()
+    assert routers
+
+    def run(implementation):
+        model.set_experts_implementation(implementation)
+        logits = model(inputs_embeds=embeddings).logits
+        return logits.detach(), *torch.autograd.grad(logits.square().sum(), (embeddings, *routers))
+
+    for ours, theirs in zip(run("peftfast"), run("eager")):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5 * theirs.abs().max().item())
+        assert theirs.any()
+
+
+# ----------------------------------------------------------------------------------------------- bad input
+
+FOURBIT = reference.fourbit_quantize(torch.ones(3, 6, 8))
+GOOD = dict(
+    x=torch.ones(5, 8),
+    weight=torch.ones(3, 6, 8),
+    offsets=torch.tensor([0, 2, 5]),
+    lora_A=torch.ones(2, 4, 8),
+    lora_B=torch.ones(2, 6, 4),
+    scaling=1.0,
+    experts=torch.tensor([2, 0]),
+    slots=torch.tensor([1, -1]),
+    rows=None,
+    bias=torch.ones(3, 6),
+    dropout=0.5,
+    transposed=False,
+    seed=torch.tensor([1]),
+    compute_dtype=None,
+)
+BAD = [  # what changes, the error, the arguments of which the message names one
+    (dict(x=[[1.0]]), TypeError, "x"),
+    (dict(x=torch.ones(5, 8).int()), TypeError, "x"),
+    (dict(x=torch.ones(5, 8).double()), TypeError, "x"),
+    (dict(x=torch.ones(5, 9)), ValueError, "x"),
+    (dict(x=torch.ones(5, 1, 8)), ValueError, "x"),
+    (dict(x=torch.ones(8)), ValueError, "x"),
+    (dict(x=torch.ones(4, 8)), ValueError, "offsets"),
+    (dict(x=torch.ones(5, 8).to_sparse()), TypeError, "x"),
+    (dict(x=torch.ones(5, 8, device="meta")), ValueError, "weight"),
+    (dict(weight=None), TypeError, "weight"),
+    (dict(weight=torch.ones(6, 8)), ValueError, "weight"),
+    (dict(weight=torch.ones(3, 6, 7)), ValueError, "x|weight"),
+    (dict(weight=torch.ones(2, 6, 8)), ValueError, "bias|experts"),
+    (dict(weight=torch.ones(2, 6, 8), bias=None), ValueError, "experts"),
+    (dict(weight=torch.ones(3, 6, 8).bfloat16()), TypeError, "weight"),
+    (dict(weight=torch.ones(3, 6, 8, device="meta")), ValueError, "weight"),
+    (dict(weight=replace(FOURBIT, shape=(18, 8))), ValueError, "weight"),
+    (dict(weight=replace(FOURBIT, shape=(3, 6, 9))), ValueError, "weight"),
+    (dict(weight=replace(FOURBIT, blocksize=48)), ValueError, "weight"),
+    (dict(transposed=True), ValueError, "x|weight"),
+    (dict(offsets=None), TypeError, "offsets"),
+    (dict(offsets=[0, 2, 5]), TypeError, "offsets"),
+    (dict(offsets=torch.tensor([0, 2, 5]).int()), ValueError, "offsets"),
+    (dict(offsets=torch.tensor([[0, 2, 5]])), ValueError, "offsets"),
+    (dict(offsets=torch.tensor([0, 3, 2])), ValueError, "offsets"),
+    (dict(offsets=torch.tensor([-1, 2, 5])), ValueError, "offsets"),
+    (dict(offsets=torch.tensor([0, 2, 6])), ValueError, "offsets"),
+    (dict(offsets=torch.tensor([], dtype=torch.int64)), ValueError, "offsets"),
+    (dict(offsets=torch.tensor([0, 5])), ValueError, "experts"),
+    (dict(lora_A=None), ValueError, "lora_A"),
+    (dict(lora_B=None), ValueError, "lora_B"),
+    (dict(lora_A=torch.ones(4, 8)), ValueError, "lora_A"),
+    (dict(lora_A=torch.ones(2, 4, 7)), ValueError, "lora_A"),
+    (dict(lora_A=torch.ones(2, 3, 8)), ValueError, "lora_B"),
+    (dict(lora_A=torch.ones(2, 0, 8), lora_B=torch.ones(2, 6, 0)), ValueError, "lora_A"),
+    (dict(lora_A=torch.ones(2, 4, 8).half()), TypeError, "lora_A"),
+    (dict(lora_A=torch.ones(2, 4, 8).double()), TypeError, "lora_A"),
+    (dict(lora_B=torch.ones(2, 4, 6)), ValueError, "lora_B"),
+    (dict(lora_B=torch.ones(3, 6, 4)), ValueError, "lora_B"),
+    (dict(lora_B=torch.ones(2, 6, 4).half()), TypeError, "lora_B"),
+    (dict(lora_B=torch.ones(2, 6, 4, device="meta")), ValueError, "lora_B"),
+    (dict(scaling="1"), TypeError, "scaling"),
+    (dict(scaling=None), TypeError, "scaling"),
+    (dict(scaling=[1.0]), TypeError, "scaling"),
+    (dict(scaling=True), TypeError, "scaling"),
+    (dict(scaling=torch.ones(2)), ValueError, "scaling"),
+    (dict(scaling=torch.tensor(1.0, device="meta")), ValueError, "scaling"),
+    (dict(experts=[2, 0]), TypeError, "experts"),
+    (dict(experts=torch.tensor([2])), ValueError, "experts"),
+    (dict(experts=torch.tensor([3, 0])), ValueError, "experts"),
+    (dict(experts=torch.tensor([2, -1])), ValueError, "experts"),
+    (dict(experts=torch.tensor([2.0, 0.0])), ValueError, "experts"),
+    (dict(experts=None, offsets=torch.tensor([0, 1, 2, 3, 4]), slots=None), ValueError, "experts|slots"),
+    (dict(slots=torch.tensor([2, -1])), ValueError, "slots"),
+    (dict(slots=torch.tensor([[1, -1]])), ValueError, "slots"),
+    (dict(slots=torch.tensor([1])), ValueError, "slots"),
+    (
+        dict(slots=None, offsets=torch.tensor([0, 1, 2, 3]), experts=torch.tensor([0, 1, 2])),
+        ValueError,
+        "slots",
+    ),
+    (dict(rows=torch.tensor([0, 5, 1, 1, 1])), ValueError, "rows"),
+    (dict(rows=torch.tensor([0, -1, 1, 1, 1])), ValueError, "rows"),
+    (dict(rows=torch.tensor([0, 1])), ValueError, "offsets"),
+    (dict(rows=[0, 1, 2, 3, 4]), TypeError, "rows"),
+    (dict(bias=torch.ones(6)), ValueError, "bias"),
+    (dict(bias=torch.ones(3, 5)), ValueError, "bias"),
+    (dict(bias=torch.ones(3, 6).double()), TypeError, "bias"),
+    (dict(bias=1.0), TypeError, "bias"),
+    (dict(dropout=1.0), ValueError, "dropout"),
+    (dict(dropout=-0.1), ValueError, "dropout"),
+    (dict(dropout=math.nan), ValueError, "dropout"),
+    (dict(dropout="0.5"), TypeError, "dropout"),
+    (dict(dropout=[0.5]), TypeError, "dropout"),
+    (dict(seed=torch.tensor([1, 2])), ValueError, "seed"),
+    (dict(seed=torch.tensor([1.0])), ValueError, "seed"),
+    (dict(seed=1), TypeError, "seed"),
+    (dict(compute_dtype=torch.float64), TypeError, "compute_dtype"),
+    (dict(compute_dtype="bfloat16"), TypeError, "compute_dtype"),
+]
+GOOD_COMBINE = dict(x=torch.ones(6, 8), weights=torch.ones(3, 2), places=torch.arange(6).view(3, 2))
+BAD_COMBINE = [
+    (dict(x=None), TypeError, "x"),
+    (dict(x=torch.ones(6, 8).double()), TypeError, "x"),
+    (dict(x=torch.ones(5, 8)), ValueError, "x"),
+    (dict(x=torch.ones(6)), ValueError, "x"),
+    (dict(x=torch.ones(6, 8).to_sparse()), TypeError, "x"),
+    (dict(weights=[[1.0]]), TypeError, "weights"),
+    (dict(weights=torch.ones(3, 2).int()), TypeError, "weights"),
+    (dict(weights=torch.ones(3, 3)), ValueError, "weights"),
+    (dict(weights=torch.ones(3, 2, device="meta")), ValueError, "weights"),
+    (dict(places=[[0, 1]]), TypeError, "places"),
+    (dict(places=torch.arange(6).int().view(3, 2)), ValueError, "places"),
+    (dict(places=torch.arange(6)), ValueError, "places"),
+    (dict(places=torch.arange(1, 7).view(3, 2)), ValueError, "places"),
+    (dict(places=torch.arange(-1, 5).view(3, 2)), ValueError, "places"),
+    (dict(places=torch.zeros(3, 2, dtype=torch.int64)), ValueError, "places"),
+]
+
+
+def cases(bad):
+    return pytest.mark.parametrize(
+        "change, error, names", bad, ids=[name_of_bad(change) for change, _, _ in bad]
+    )
+
+
+def assert_refused(function, arguments, change, error, names):
+    function(**arguments)
+    with pytest.raises(error, match=rf"\b({names})\b") as caught:
+        function(**arguments | change)
+    assert len(str(caught.value).strip().splitlines()) == 1, "one sentence"
+
+
+@cases(BAD)
+def test_bad_input(change, error, names):
+    assert_refused(grouped_linear, GOOD, change, error, names)
+
+
+@cases(BAD_COMBINE)
+def test_bad_input_of_combine(change, error, names):
+    assert_refused(moe_combine, GOOD_COMBINE, change, error, names)
+
+
+# -------------------------------------------------------------------------------------------- registration
+
+INTS = torch.tensor
+STORAGE = dict(
+    weight=FOURBIT.packed, absmax=FOURBIT.absmax, nested_absmax=FOURBIT.nested.absmax,
+    nested_code=FOURBIT.nested.code, nested_offset=FOURBIT.nested.offset.view(1), blocksize=64, nested_blocksize=256,
+    quant_type=0,
+)  # fmt: skip
+DENSE = dict.fromkeys(STORAGE) | dict(
+    weight=torch.ones(3, 6, 8), blocksize=0, nested_blocksize=0, quant_type=0
+)
+GROUPS = dict(
+    shape=[3, 6, 8], transposed=False, offsets=INTS([0, 2, 5]), experts=INTS([2, 0]), slots=INTS([1, -1])
+)
+SETTINGS = dict(scaling=1.0, dropout=0.5, seed=INTS([1]), compute_dtype=0)
+ADAPTERS = dict(lora_A=torch.ones(2, 4, 8), lora_B=torch.ones(2, 6, 4))
+OPERATORS = {
+    "forward": (FORWARD, dict(x=torch.ones(5, 8), bias=torch.ones(3, 6)) | GROUPS | ADAPTERS | SETTINGS),
+    "backward": (
+        BACKWARD,
+        dict(grad_y=torch.ones(5, 6), x=torch.ones(5, 8), u=torch.ones(5, 4), want_x=True, want_A=True, want_B=True)
+        | GROUPS | ADAPTERS | SETTINGS,
+    ),
+    "combine": (COMBINE, GOOD_COMBINE),
+    "combine backward": (COMBINE_BACKWARD, GOOD_COMBINE | dict(grad_y=torch.ones(3, 8), want_weights=True)),
+}  # fmt: skip
+
+
+def wrong(value):
+    """Values that an operator must not take as they are: other sizes, and numbers out of range."""
+    if isinstance(value, torch.Tensor):
+        yield from (value.flatten()[:-1], value.double() if value.dtype != F16 else value.int())
+        yield torch.cat([value, value], -1)
+        if value.dtype == torch.int64 and value.numel() > 1:
+            yield from (value + 100, value.flip(0) if value.dim() == 1 and value[0] == 0 else value + 10)
+    elif isinstance(value, list):
+        yield from ([3, 6, 9], [4, 6, 8], [3, 48], [-3, -6, 8], [])
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_registered_operators_stay_inside_their_memory(name, base):
+    """Called past the Python face, without its checks, they still refuse what they cannot index."""
+    operator, good = OPERATORS[name]
+    if "shape" in good:
+        good = good | (DENSE if base == "dense" else STORAGE)
+    operator(**good)
+    for argument, value in good.items():
+        for other in wrong(value):
+            if argument == "seed" and other.numel() == 0 and other.dtype == torch.int64:
+                continue
+            with pytest.raises(RuntimeError):
+                operator(**good | {argument: other})
+                pytest.fail(f"{argument}: {other}")
+    if "seed" in good:
+        for change in (dict(seed=None), dict(seed=INTS([], dtype=torch.int64)), dict(dropout=1.0)):
+            with pytest.raises(RuntimeError):
+                operator(**good | change)

@@ -1,12 +1,10 @@
 // Forward and backward of a linear layer with adapters, from the micro-kernels of generic/lora.h:
 //
-//   forward    U = s drop(X) A^T        split over rows: dot products along K
-//              Y = X W^T + bias + U B^T    split over panels of 64 columns (and blocks of rows)
-//   backward   V = s G B                split over rows
-//              dX = G W + drop'(V A)       split over panels, as Y
-//              grad_A = V^T drop(X), grad_B = G^T U    split over panels of columns; every thread sums all M rows of
-//              its
-//                                       own columns
+//   forward    U = s drop(X) A^T                       split over rows: dot products along K
+//              Y = X W^T + bias + U B^T                split over panels of 64 columns (and blocks of rows)
+//   backward   V = s G B                               split over rows
+//              dX = G W + drop'(V A)                   split over panels, as Y
+//              grad_A = V^T drop(X), grad_B = G^T U    split over panels; a thread sums all M rows of its columns
 //
 // Every element is computed by one thread in an order that the split does not change: the same bits for any number of
 // threads. The low-rank part is fp32 throughout; the adapters are brought to fp32 [R, K] and [R, N] once per call.

@@ -24,7 +24,7 @@ def grouped_linear(
     offsets: Tensor,
     lora_A: Tensor | None = None,
     lora_B: Tensor | None = None,
-    scaling: float = 1.0,
+    scaling: float | Tensor = 1.0,
     *,
     experts: Tensor | None = None,
     slots: Tensor | None = None,
@@ -49,6 +49,7 @@ def grouped_linear(
             of no group come out as zeros.
         lora_A: [slots, r, K] in the dtype of x or float32; None: no adapters.
         lora_B: [slots, N, r] in the dtype of lora_A, in any strides.
+        scaling: a number or a one-element tensor.
         experts: int64 [groups], the weight of each group; None: group g has weight g.
         slots: int64 [groups], the adapter of each group, negative for none; None: group g has adapter g.
         rows: int64 [M], row i of the product is x[rows[i]]; None: i. Their gradients add up.
@@ -62,7 +63,8 @@ def grouped_linear(
         NotImplementedError: a second derivative is asked for.
     """
     _check(
-        x, weight, offsets, lora_A, lora_B, experts, slots, rows, bias, dropout, transposed, seed, compute_dtype
+        x, weight, offsets, lora_A, lora_B, scaling, experts, slots, rows, bias, dropout, transposed, seed,
+        compute_dtype,
     )  # fmt: skip
     groups = offsets.numel() - 1
     experts = torch.arange(groups, device=x.device) if experts is None else experts
@@ -86,7 +88,7 @@ def call(
         x = x.to(torch.get_autocast_dtype(device))
         weight = weight.to(x.dtype) if isinstance(weight, Tensor) else weight
     if isinstance(scaling, Tensor):
-        lora_B, scaling = lora_B * scaling.to(lora_B.dtype), 1.0
+        lora_B, scaling = None if lora_B is None else lora_B * scaling.to(lora_B.dtype), 1.0
     if slots is None:
         slots = torch.full_like(experts, -1)
     if device not in KERNEL_DEVICES:
@@ -186,6 +188,7 @@ def moe_combine(x: Tensor, weights: Tensor, places: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: an argument has a wrong dtype or shape; the message names it.
     """
+    check_tensors({"x": x, "weights": weights, "places": places}, [], [])
     if x.dtype not in DTYPES:
         raise TypeError(f"x must be float32, bfloat16 or float16, got {name_of(x.dtype)}.")
     if not weights.dtype.is_floating_point:
@@ -197,6 +200,8 @@ def moe_combine(x: Tensor, weights: Tensor, places: Tensor) -> Tensor:
         )
     if x.dim() != 2 or x.shape[0] != places.numel():
         raise ValueError(f"x has shape {list(x.shape)}, expected [{places.numel()}, H].")
+    if not torch.equal(places.reshape(-1).sort().values, torch.arange(places.numel(), device=x.device)):
+        raise ValueError(f"places must hold each row of x once, from 0 to {places.numel() - 1}.")
     if x.device.type not in KERNEL_DEVICES:
         return reference.moe_combine(x, weights, places)
     return _Combine.apply(x, weights, places)
@@ -222,7 +227,7 @@ class _Combine(torch.autograd.Function):
 
 
 def _check(
-    x, weight, offsets, lora_A, lora_B, experts, slots, rows, bias, dropout, transposed, seed, compute_dtype
+    x, weight, offsets, lora_A, lora_B, scaling, experts, slots, rows, bias, dropout, transposed, seed, compute_dtype,
 ) -> None:  # fmt: skip
     """One sentence for each argument that is wrong."""
     four_bit = isinstance(weight, FourBitWeight)
@@ -271,6 +276,12 @@ def _check(
             raise TypeError(f"bias is {name_of(bias.dtype)}, expected {name_of(x.dtype)} or float32.")
         if bias.shape != (count, outputs):
             raise ValueError(f"bias has shape {list(bias.shape)}, expected [{count}, {outputs}].")
+    if isinstance(scaling, Tensor):
+        check_tensors({"x": x, "scaling": scaling}, [], [])
+        if scaling.numel() != 1:
+            raise ValueError(f"scaling has {scaling.numel()} elements, expected one.")
+    elif isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+        raise TypeError(f"scaling must be a number or a one-element tensor, got {type(scaling).__name__}.")
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
         raise TypeError(f"dropout must be a number, got {type(dropout).__name__}.")
     if not 0 <= dropout < 1:

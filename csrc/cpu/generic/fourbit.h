@@ -206,12 +206,11 @@ void pack_fourbit_straight(const FourBitMatrix& W, int64_t P, int64_t column, in
   }
 }
 
-// ---- few rows of X
-// ----------------------------------------------------------------------------------------------------- Nothing is
-// packed: a row of W meets every row of X as it is decoded, so that the bytes of W are read once. What comes out of a
-// shuffle in one order meets an X that was brought into that order beforehand: "arranged". A block's scale multiplies
-// the sum of its products. Where the product is asked for in bf16, the codes may stand for values rounded to bf16,
-// which loses less than to round each element of W; some instruction sets decode them faster.
+// ---- few rows of X -----------------------------------------------------------------------------------------------
+// Nothing is packed: a row of W meets every row of X as it is decoded, so that the bytes of W are read once. What comes
+// out of a shuffle in one order meets an X that was brought into that order beforehand: "arranged". A block's scale
+// multiplies the sum of its products. Where the product is asked for in bf16, the codes may stand for values rounded to
+// bf16, which loses less than to round each element of W; some instruction sets decode them faster.
 
 template <class S>
 constexpr int64_t chunk_codes = 8 * S::width;  // decoded at once; at least the shortest block, 32
