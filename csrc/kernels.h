@@ -45,24 +45,23 @@ struct LoraAdapter {
 // codebook[code i] * absmax[i / blocksize].
 struct FourBitMatrix {
   FourBitType type;
-  const uint8_t* packed;  // [(elements + 1) / 2]
-  int64_t blocksize;
-  const float*
-      absmax;  // [blocks]; null: nested, absmax[b] = nested_code[codes[b]] * nested_absmax[b / nested_blocksize]
-               // + *nested_offset
+  const uint8_t* packed;        // [(elements + 1) / 2]
+  int64_t blocksize;            // 0: there is no such matrix. A pointer may be null where there are no elements
+  const float* absmax;          // [blocks]; unless nested: nested_code[codes[b]] * nested_absmax[b / nested_blocksize]
+                                // + *nested_offset
   const uint8_t* absmax_codes;  // [blocks]
   const float* nested_absmax;   // [ceil(blocks / nested_blocksize)]
   const float* nested_code;     // [256]
   const float* nested_offset;
-  int64_t nested_blocksize;
+  int64_t nested_blocksize;  // 0: not nested
 };
 
 // The frozen weight of a linear layer, in one of two forms.
 struct BaseWeight {
-  const void* dense;  // [N, K], or [K, N] when transposed, in the dtype of X; null: in 4 bits, [N, K]
+  const void* dense;  // [N, K], or [K, N] when transposed, in the dtype of X
   int64_t ld;
   bool transposed;
-  FourBitMatrix fourbit;
+  FourBitMatrix fourbit;  // [N, K], or none
   DType compute;  // of a base product with a 4-bit weight: f32, whatever the dtype of X; or 16 bits, to which W is
                   // rounded and, when it is f32, X (unless the instruction set gains nothing by it)
 };

@@ -120,7 +120,7 @@ DType product_dtype(const LinearArgs& args, DType dtype, DType wanted) {
 }
 
 void linear(LinearArgs args, DType dtype, const BaseWeight& W, const Threads& threads) {
-  if (W.dense == nullptr) {
+  if (W.fourbit.blocksize != 0) {
     args.fourbit = &W.fourbit;
     args.bf16_codes = W.compute == DType::bf16;
     const DType product = product_dtype(args, dtype, W.compute);
