@@ -46,7 +46,7 @@ struct FourBitMatrix {
   FourBitType type;
   const uint8_t* packed;  // [(elements + 1) / 2]
   int64_t blocksize, nested_blocksize;
-  const float* absmax;                       // [blocks]; null: nested
+  const float* absmax;                       // [blocks]; not read when nested_blocksize is not 0
   const uint8_t* absmax_codes;               // [blocks]
   const float* nested_absmax;                // [ceil(blocks / nested_blocksize)]
   const float *nested_code, *nested_offset;  // [256]; one

@@ -130,7 +130,7 @@ LinearArgs product(const Group& g, const BaseWeight& W, int64_t P, int64_t Q, bo
           .W = W.dense ? row_of(W.dense, g.expert * rows, W.ld, dtype) : nullptr,
           .ldw = W.ld,
           .reduction_contiguous = reduction_contiguous,
-          .fourbit = W.dense ? nullptr : &W.fourbit,
+          .fourbit = W.fourbit.blocksize ? &W.fourbit : nullptr,
           .fourbit_row = g.expert * rows,
           .Y = static_cast<char*>(Y) + g.first * P * size_of(dtype),
           .out = dtype,

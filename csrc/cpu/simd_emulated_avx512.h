@@ -1,5 +1,5 @@
 // For tests on machines without AVX-512: the intrinsics that simd_avx512*.h use, written in C++. SIMDe has most of
-// them; those that the release in Debian 12 lacks follow.
+// them; those that the release in Debian 12 lacks, or has otherwise, follow.
 #pragma once
 
 #define SIMDE_ENABLE_NATIVE_ALIASES  // the intrinsics by their own names
@@ -29,6 +29,14 @@ inline Lanes<To> map_lanes(const Lanes<From>& from, F f) {
   return to;
 }
 
+// SIMDe's rounds the product too, which the rule of accuracy notices.
+#undef _mm512_fmadd_ps
+inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
+  Lanes<float> sum = lanes<float>(c);
+  for (int i = 0; i < 16; ++i)
+    sum.lane[i] = static_cast<float>(double{lanes<float>(a).lane[i]} * lanes<float>(b).lane[i] + sum.lane[i]);
+  return bit_cast<__m512>(sum);
+}
 inline __m512 _mm512_cvtph_ps(__m256i a) {
   return bit_cast<__m512>(map_lanes<float>(lanes<f16>(a), [](f16 x) { return to_float(x); }));
 }

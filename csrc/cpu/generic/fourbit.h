@@ -24,13 +24,13 @@ class AbsmaxReader {
   explicit AbsmaxReader(const FourBitMatrix& W)
       : W_(W),
         shift_(__builtin_ctzll(W.blocksize)),
-        nested_shift_(W.absmax ? 0 : __builtin_ctzll(W.nested_blocksize)) {}
+        nested_shift_(W.nested_blocksize ? __builtin_ctzll(W.nested_blocksize) : 0) {}
 
   PEFTFAST_INLINE int64_t block_of(int64_t element) const { return element >> shift_; }
   PEFTFAST_INLINE int64_t first_of(int64_t block) const { return block << shift_; }
 
   PEFTFAST_INLINE float operator()(int64_t block) const {
-    if (W_.absmax != nullptr) return W_.absmax[block];
+    if (W_.nested_blocksize == 0) return W_.absmax[block];
     const float scaled = W_.nested_code[W_.absmax_codes[block]] * W_.nested_absmax[block >> nested_shift_];
     return scaled + *W_.nested_offset;
   }
@@ -51,7 +51,7 @@ class AbsmaxReader {
  private:
   // Locals, not members, in the loop: a store to `out` might change a member, as far as the compiler can tell.
   void read(int64_t first, int64_t count, float* out) const {
-    if (W_.absmax != nullptr) {
+    if (W_.nested_blocksize == 0) {
       std::copy_n(W_.absmax + first, count, out);
       return;
     }
