@@ -992,7 +992,7 @@ def forward_arguments(p):
         scaling=p.scaling,
         dropout=p.dropout,
         seed=p.seed if any(p.dropout) else None,
-        compute_dtype=str(p.compute_dtype or p.x.dtype).removeprefix("torch."),
+        compute_dtype=FLOATS.index(p.compute_dtype or p.x.dtype),
     )
 
 

@@ -321,3 +321,42 @@ def _no_second_derivative(ctx, *grads):
 
 
 torch.library.register_autograd("peftfast::grouped_linear_backward", _no_second_derivative)
+
+
+# ---- shapes without data ----------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("peftfast::grouped_linear")
+def _(
+    x, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, nested_blocksize, quant_type, shape,
+    transposed, offsets, experts, slots, bias, lora_A, lora_B, scaling, dropout, seed, compute_dtype,
+):  # fmt: skip
+    rank = 0 if lora_A is None else lora_A.shape[1]
+    features = shape[2] if transposed else shape[1]
+    return x.new_empty(x.shape[0], features), x.new_empty(x.shape[0], rank, dtype=torch.float32)
+
+
+@torch.library.register_fake("peftfast::grouped_linear_backward")
+def _(
+    grad_y, x, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, nested_blocksize, quant_type,
+    shape, transposed, offsets, experts, slots, lora_A, lora_B, u, scaling, dropout, seed, compute_dtype,
+    want_x, want_A, want_B,
+):  # fmt: skip
+    slot_count, rank = (0, 0) if lora_A is None else lora_A.shape[:2]
+    like = x.new_empty(0, dtype=torch.float32) if lora_A is None else lora_A
+    return (
+        x.new_empty(x.shape[0] if want_x else 0, x.shape[1]),
+        like.new_empty(slot_count if want_A else 0, rank, x.shape[1]),
+        like.new_empty(slot_count if want_B else 0, grad_y.shape[1], rank),
+    )
+
+
+@torch.library.register_fake("peftfast::moe_combine")
+def _(x, weights, places):
+    return x.new_empty(places.shape[0], x.shape[1])
+
+
+@torch.library.register_fake("peftfast::moe_combine_backward")
+def _(grad_y, x, weights, places, want_weights):
+    rows = places.shape[0] if want_weights else 0
+    return torch.empty_like(x), x.new_empty(rows, places.shape[1], dtype=torch.float32)
