@@ -40,6 +40,10 @@ def __getattr__(name: str):
     raise AttributeError(f"module 'peftfast' has no attribute {name!r}")
 
 
+# So that experts_implementation="peftfast" is known wherever transformers is.
+after_import(
+    "transformers.integrations.moe", lambda _: importlib.import_module("peftfast.integrations.experts")
+)
 if importlib.util.find_spec("bitsandbytes") is None:  # its checkpoints are peftfast's to load, without a word
     after_import(
         "transformers.modeling_utils", lambda _: importlib.import_module("peftfast.integrations.transformers")
