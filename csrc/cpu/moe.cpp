@@ -107,6 +107,7 @@ class Stack {
 };
 
 const char* row_of(const void* X, int64_t row, int64_t ld, DType dtype) {
+  if (X == nullptr) return nullptr;  // of no elements
   return static_cast<const char*>(X) + row * ld * size_of(dtype);
 }
 
@@ -114,6 +115,7 @@ const char* row_of(const void* X, int64_t row, int64_t ld, DType dtype) {
 void clear_the_rest(const Groups& groups, int64_t M, int64_t row_bytes, void* rows) {
   const int64_t first = groups.count > 0 ? groups.offsets[0] : 0,
                 last = groups.count > 0 ? groups.offsets[groups.count] : 0;
+  if (rows == nullptr) return;  // of no elements
   std::memset(rows, 0, first * row_bytes);
   std::memset(static_cast<char*>(rows) + last * row_bytes, 0, (M - last) * row_bytes);
 }
@@ -145,7 +147,7 @@ void grouped_linear(const GroupedLinearArgs& args, const Threads& threads) {
   const int64_t r = args.lora.rank;
   stack.prepare_A(threads);
   stack.prepare_B(threads);
-  std::memset(args.U, 0, args.M * r * sizeof(float));
+  std::fill(args.U, args.U + args.M * r, 0.0f);
   std::vector<Down> downs;
   std::vector<LinearArgs> products;
   for (const Group& g : groups) {
@@ -244,7 +246,7 @@ void grouped_linear_backward(const GroupedLinearBackwardArgs& backward, const Th
                      static_cast<char*>(out) + stack.slots()[i] * bytes, threads);
     }
     for (int64_t slot = 0; slot < args.lora.slots; ++slot)
-      if (!used[slot]) std::memset(static_cast<char*>(out) + slot * bytes, 0, bytes);
+      if (!used[slot] && bytes > 0) std::memset(static_cast<char*>(out) + slot * bytes, 0, bytes);
   };
   gradient(args.lora.grad_A, V, args.X, args.ldx, K, true);
   gradient(args.lora.grad_B, args.U, backward.G, backward.ldg, N, false);
