@@ -40,7 +40,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from record import Contender, Record, machine_facts, measure, measure_ceilings
+from record import Contender, Record, machine_facts, measure, measure_ceilings, positive, probability, shape
 from rich.console import Console
 from torch import nn
 
@@ -309,24 +309,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-
-    def shape(text: str) -> tuple[int, int]:
-        K, _, N = text.partition("x")
-        if not (K.isdecimal() and N.isdecimal() and int(K) and int(N)):
-            raise argparse.ArgumentTypeError(f"{text!r} is not KxN, such as 4096x11008")
-        return int(K), int(N)
-
-    def positive(text: str) -> int:
-        if not text.isdecimal() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-        return int(text)
-
-    def probability(text: str) -> float:
-        value = float(text)
-        if not 0.0 <= value < 1.0:
-            raise argparse.ArgumentTypeError(f"{text!r} is not in [0, 1)")
-        return value
-
     add = parser.add_argument
     add("--quick", action="store_true", help="only the points that the acceptance bars name")
     add("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"], help="dtype of the base layer")

@@ -18,6 +18,7 @@ from peftfast.ops.lora import (
     check_bias,
     check_tensors,
     name_of,
+    refuse_second_derivative,
     scale_into_B,
 )
 from peftfast.reference import (
@@ -330,15 +331,9 @@ def _autograd(
     )  # fmt: skip
 
 
-def _no_second_derivative(ctx, *grads):
-    raise NotImplementedError(
-        "peftfast.fourbit_linear has no second derivative; compute it with peftfast disabled."
-    )
-
-
 _library = torch.library.Library("peftfast", "IMPL")
 _library.impl("fourbit_linear", _autograd, "Autograd")
-torch.library.register_autograd("peftfast::fourbit_linear_backward", _no_second_derivative)
+refuse_second_derivative("fourbit_linear")
 
 
 # ---- shapes without data ----------------------------------------------------------------------------------

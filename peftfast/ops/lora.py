@@ -219,7 +219,7 @@ class _LoraLinear(torch.autograd.Function):
         if grad_y is None:
             return tuple(grads)
         want_x, want_weight, want_bias = ctx.needs_input_grad[:3]
-        if want_weight:
+        if want_weight:  # the weight of an adapted layer is frozen: its gradient is what adapters save
             raise NotImplementedError(
                 "peftfast.lora_linear gives no gradient for weight: freeze it with weight.requires_grad_(False)."
             )
@@ -247,13 +247,22 @@ def _autograd(x, weight, bias, lora_A, lora_B, scaling, dropout, seed, transpose
     return _LoraLinear.apply(x, weight, bias, scaling, dropout, seed, transposed, *lora_A, *lora_B)
 
 
-def _no_second_derivative(ctx, *grads):
-    raise NotImplementedError(
-        "peftfast.lora_linear has no second derivative; compute it with peftfast disabled."
-    )
+def refuse_second_derivative(name: str) -> None:
+    """Registers for `name`'s backward that it has no gradient of its own.
+
+    Deliberate: training needs none, and without this torch would hand out a gradient without the part that runs
+    through the backward, in silence.
+    """
+
+    def refuse(ctx, *grads):
+        raise NotImplementedError(
+            f"peftfast.{name} has no second derivative; compute it with peftfast disabled."
+        )
+
+    torch.library.register_autograd(f"peftfast::{name}_backward", refuse)
 
 
 # torch.library.register_autograd would do for both, but costs 200 us a call on lists of tensors: a small layer's time.
 _library = torch.library.Library("peftfast", "IMPL")
 _library.impl("lora_linear", _autograd, "Autograd")
-torch.library.register_autograd("peftfast::lora_linear_backward", _no_second_derivative)
+refuse_second_derivative("lora_linear")

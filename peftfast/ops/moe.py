@@ -9,7 +9,7 @@ from torch import Tensor
 
 from peftfast import _C, reference  # noqa: F401  (_C registers the operators)
 from peftfast.ops.fourbit import check_weight, parts_of
-from peftfast.ops.lora import DTYPES, KERNEL_DEVICES, check_tensors, name_of
+from peftfast.ops.lora import DTYPES, KERNEL_DEVICES, check_tensors, name_of, refuse_second_derivative
 from peftfast.reference import FourBitWeight
 
 FORWARD = torch.ops.peftfast.grouped_linear.default
@@ -314,13 +314,7 @@ def _check(
             raise ValueError(f"{name} holds {int(value.min())} to {int(value.max())}, there are {most}.")
 
 
-def _no_second_derivative(ctx, *grads):
-    raise NotImplementedError(
-        "peftfast.grouped_linear has no second derivative; compute it with peftfast disabled."
-    )
-
-
-torch.library.register_autograd("peftfast::grouped_linear_backward", _no_second_derivative)
+refuse_second_derivative("grouped_linear")
 
 
 # ---- shapes without data ----------------------------------------------------------------------------------
