@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 
 import torch
@@ -19,8 +20,11 @@ from peftfast.integrations.after_import import after_import
 __version__ = _C.version
 _C.isa_in_use()  # refuses a PEFTFAST_CPU_ISA that cannot run, here rather than at the first call
 __all__ = [
+    "ExpertLoraConfig",
+    "ExpertProfile",
     "FallbackError",
     "FourBitConfig",
+    "MixtureLoraConfig",
     "Report",
     "accelerate",
     "build_info",
@@ -28,15 +32,24 @@ __all__ = [
     "enable",
     "enabled",
     "machine_peak",
+    "profile_experts",
     "report",
 ]
 
 
-def __getattr__(name: str):
-    if name == "FourBitConfig":  # on demand: transformers takes seconds to import
-        from peftfast.integrations.transformers import FourBitConfig
+# On demand: transformers and PEFT take seconds to import.
+_LATE = {
+    "FourBitConfig": "peftfast.integrations.transformers",
+    "ExpertLoraConfig": "peftfast.tuners.expert_lora",
+    "MixtureLoraConfig": "peftfast.tuners.mixture_lora",
+    "ExpertProfile": "peftfast.tuners.profile",
+    "profile_experts": "peftfast.tuners.profile",
+}
 
-        return FourBitConfig
+
+def __getattr__(name: str):
+    if name in _LATE:
+        return getattr(importlib.import_module(_LATE[name]), name)
     raise AttributeError(f"module 'peftfast' has no attribute {name!r}")
 
 
@@ -44,6 +57,8 @@ def __getattr__(name: str):
 after_import(
     "transformers.integrations.moe", lambda _: importlib.import_module("peftfast.integrations.experts")
 )
+# So that PEFT knows the methods that peftfast adds to it.
+after_import("peft", lambda _: importlib.import_module("peftfast.tuners"))
 if importlib.util.find_spec("bitsandbytes") is None:  # its checkpoints are peftfast's to load, without a word
     after_import(
         "transformers.modeling_utils", lambda _: importlib.import_module("peftfast.integrations.transformers")
