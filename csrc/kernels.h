@@ -52,7 +52,7 @@ struct FourBitMatrix {
   const float *nested_code, *nested_offset;  // [256]; one
 };
 
-// The frozen weight of a linear layer, in one of two forms.
+// The frozen weight of a linear layer, in one of two forms. Without either (grouped layers only) it counts as zero.
 struct BaseWeight {
   const void* dense;  // [N, K] in the dtype of X; null: in 4 bits
   int64_t ld;

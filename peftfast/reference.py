@@ -281,7 +281,7 @@ def fourbit_linear(
 
 def grouped_linear(
     x: Tensor,
-    weight: Tensor | FourBitWeight,
+    weight: Tensor | FourBitWeight | None,
     offsets: Tensor,
     lora_A: Tensor | None = None,
     lora_B: Tensor | None = None,
@@ -308,13 +308,16 @@ def grouped_linear(
         if dropout > 0:
             seed = torch.randint(2**63 - 1, (1,)) if seed is None else seed
             dropped = dropped * dropout_mask(x.shape, dropout, seed).to(x.device) / (1 - dropout)
-    y = x.new_zeros(x.shape[0], weight.shape[2 if transposed else 1])
+    features = lora_B.shape[1] if weight is None else weight.shape[2 if transposed else 1]
+    y = x.new_zeros(x.shape[0], features)
     for g in range(offsets.numel() - 1):
         group = slice(int(offsets[g]), int(offsets[g + 1]))
         expert = g if experts is None else int(experts[g])
         slot = g if slots is None else int(slots[g])
-        W = weight[expert] if transposed else weight[expert].T
-        part = x[group].to(compute_dtype) @ W.to(compute_dtype)
+        part = x.new_zeros(group.stop - group.start, features)
+        if weight is not None:
+            W = weight[expert] if transposed else weight[expert].T
+            part = x[group].to(compute_dtype) @ W.to(compute_dtype)
         if bias is not None:
             part = part + bias[expert]
         if lora_A is not None and slot >= 0:

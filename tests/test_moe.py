@@ -103,7 +103,7 @@ class Problem:
     """One call: the operands that may have a gradient, the weight, the gradient of the output, all other arguments."""
 
     leaves: dict
-    weight: torch.Tensor | FourBitWeight
+    weight: torch.Tensor | FourBitWeight | None
     grad: torch.Tensor
     offsets: torch.Tensor
     settings: dict = field(default_factory=dict)
@@ -168,7 +168,8 @@ def in_float64(p, of_weight=lambda dense: dense):
     dense = p.weight
     if isinstance(dense, FourBitWeight):
         dense = reference.fourbit_dequantize(dense, torch.float64)
-    exact = replace(p.map(torch.Tensor.double), weight=of_weight(dense.double()))
+    weight = None if dense is None else of_weight(dense.double())
+    exact = replace(p.map(torch.Tensor.double), weight=weight)
     return forward_backward(reference.grouped_linear, exact.having(compute_dtype=None))
 
 
@@ -239,6 +240,23 @@ def test_groups(grouping, kind, tokens):
 def test_the_weights_alone(dtypes, kind):
     """No adapters, so that nothing hides the weight's own part."""
     check(problem(MIXED, SHAPES[2], dtypes, kind, adapters=False, bias=False))
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("tokens", [None, 7], ids=["", "repeated"])
+@pytest.mark.parametrize("shape", SHAPES, ids="K{0[0]}-N{0[1]}-r{0[2]}".format)
+@by_dtype
+def test_the_adapters_alone(dtypes, shape, tokens):
+    """No weight, so that nothing hides the low-rank part; a row without an adapter comes out as zeros."""
+    p = problem(MIXED, shape, dtypes, dropout=0.3, tokens=tokens, bias=False)
+    got = check(replace(p, weight=None).having(experts=None))
+    assert not got["output"][p.offsets[4] : p.offsets[5]].any() and got["output"].any()
+
+
+@pytest.mark.every_isa
+@by_grouping
+def test_groups_of_adapters_alone(grouping):
+    check(replace(problem(grouping, dropout=0.3, bias=False), weight=None).having(experts=None), rule=False)
 
 
 @pytest.mark.every_isa
@@ -878,8 +896,13 @@ BAD = [  # what changes, the error, the arguments of which the message names one
     (dict(x=torch.ones(8)), ValueError, "x"),
     (dict(x=torch.ones(4, 8)), ValueError, "offsets"),
     (dict(x=torch.ones(5, 8).to_sparse()), TypeError, "x"),
-    (dict(x=torch.ones(5, 8, device="meta")), ValueError, "weight"),
-    (dict(weight=None), TypeError, "weight"),
+    (dict(x=torch.ones(5, 8, device="meta")), ValueError, "offsets|weight"),
+    (dict(weight=None), ValueError, "bias"),
+    (dict(weight=None, bias=None), ValueError, "experts"),
+    (dict(weight=None, bias=None, experts=None, lora_A=None, lora_B=None), ValueError, "lora_A"),
+    (dict(weight=None, bias=None, experts=None, lora_A=torch.ones(8)), ValueError, "lora_A"),
+    (dict(weight=None, bias=None, experts=None, x=torch.ones(5, 7)), ValueError, "x"),
+    (dict(weight=1.0), TypeError, "weight"),
     (dict(weight=torch.ones(6, 8)), ValueError, "weight"),
     (dict(weight=torch.ones(3, 6, 7)), ValueError, "x|weight"),
     (dict(weight=torch.ones(2, 6, 8)), ValueError, "bias|experts"),

@@ -120,13 +120,14 @@ void clear_the_rest(const Groups& groups, int64_t M, int64_t row_bytes, void* ro
   std::memset(static_cast<char*>(rows) + last * row_bytes, 0, (M - last) * row_bytes);
 }
 
-// The product of one group: Y = X W with the matrices of its expert, P columns from a reduction over Q.
+// The product of one group: Y = X W with the matrices of its expert, P columns from a reduction over Q. Without weights
+// there is nothing to reduce, and the low-rank term is all.
 LinearArgs product(const Group& g, const BaseWeight& W, int64_t P, int64_t Q, bool reduction_contiguous, const void* X,
                    int64_t ldx, void* Y, DType dtype) {
   const int64_t rows = reduction_contiguous ? P : Q;  // of W, as it is stored
   return {.M = g.M,
           .P = P,
-          .Q = Q,
+          .Q = W.dense || W.fourbit.blocksize ? Q : 0,
           .X = row_of(X, g.first, ldx, dtype),
           .ldx = ldx,
           .W = W.dense ? row_of(W.dense, g.expert * rows, W.ld, dtype) : nullptr,

@@ -32,10 +32,10 @@ STABLE_TORCH_LIBRARY(peftfast, library) {
       "Tensor[] lora_A, Tensor[] lora_B, Tensor u, float[] scaling, float[] dropout, Tensor? seed, int compute_dtype, "
       "bool want_x, bool[] want_A, bool[] want_B) -> (Tensor grad_x, Tensor[] grad_A, Tensor[] grad_B)");
 
-  // A stack of weights [experts, N, K] is dense, or in 4 bits when there is an absmax. offsets, experts and slots say
-  // which rows of x meet which weight and adapter.
+  // A stack of weights [experts, N, K] is dense, in 4 bits when there is an absmax, or absent: adapters alone. offsets,
+  // experts and slots say which rows of x meet which weight and adapter.
   const std::string stack =
-      "Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? nested_offset, int "
+      "Tensor? weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? nested_offset, int "
       "blocksize, "
       "int nested_blocksize, int quant_type, SymInt[] shape, bool transposed, Tensor offsets, Tensor experts, "
       "Tensor slots, ";

@@ -31,33 +31,34 @@ Groups groups_of(const Tensor& offsets, const Tensor& experts, const Tensor& slo
   return groups;
 }
 
-// The weights of all experts: dense [experts, N, K] (or [experts, K, N]), or the same in 4 bits.
+// The weights of all experts: dense [experts, N, K] (or [experts, K, N]), the same in 4 bits, or none.
 struct Weights {
-  Tensor dense;
+  std::optional<Tensor> dense;
   BaseWeight plain{};
   int64_t experts, N, K;
 
-  Weights(const Tensor& weight, const std::optional<Tensor>& absmax, const std::optional<Tensor>& nested_absmax,
-          const std::optional<Tensor>& nested_code, const std::optional<Tensor>& nested_offset, int64_t blocksize,
-          int64_t nested_blocksize, int64_t quant_type, const std::vector<int64_t>& shape, bool transposed,
-          ScalarType type, int64_t compute_dtype)
+  Weights(const std::optional<Tensor>& weight, const std::optional<Tensor>& absmax,
+          const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
+          const std::optional<Tensor>& nested_offset, int64_t blocksize, int64_t nested_blocksize, int64_t quant_type,
+          const std::vector<int64_t>& shape, bool transposed, ScalarType type, int64_t compute_dtype)
       : dense(weight) {
-    STD_TORCH_CHECK(weight.is_cpu(), "weight must be on the CPU.");
     STD_TORCH_CHECK(shape.size() == 3 && shape[0] >= 0 && shape[1] >= 0 && shape[2] >= 0,
                     "weight must have 3 dimensions, got ", shape.size(), ".");
     experts = shape[0], N = shape[transposed ? 2 : 1], K = shape[transposed ? 1 : 2];
     plain.transposed = transposed;
     plain.ld = shape[2];
+    if (!weight.has_value()) return;
+    STD_TORCH_CHECK(weight->is_cpu(), "weight must be on the CPU.");
     if (absmax.has_value()) {
-      plain.fourbit = matrix_of(weight, *absmax, nested_absmax, nested_code, nested_offset, blocksize, nested_blocksize,
-                                quant_type, experts * N * K);
+      plain.fourbit = matrix_of(*weight, *absmax, nested_absmax, nested_code, nested_offset, blocksize,
+                                nested_blocksize, quant_type, experts * N * K);
       plain.compute = numbered_dtype(compute_dtype, "compute_dtype");
     } else {
-      STD_TORCH_CHECK(weight.dim() == 3 && weight.numel() == experts * N * K, "weight has shape ", shape_text(weight),
-                      ", expected [", shape[0], ", ", shape[1], ", ", shape[2], "].");
-      check_dtype(weight, "weight", type, "x");
-      dense = as_contiguous(weight);
-      plain.dense = dense.const_data_ptr();
+      STD_TORCH_CHECK(weight->dim() == 3 && weight->numel() == experts * N * K, "weight has shape ",
+                      shape_text(*weight), ", expected [", shape[0], ", ", shape[1], ", ", shape[2], "].");
+      check_dtype(*weight, "weight", type, "x");
+      dense = as_contiguous(*weight);
+      plain.dense = dense->const_data_ptr();
     }
   }
 };
@@ -92,9 +93,9 @@ struct Stack {
   }
 };
 
-// x [M, K] in groups, weight [experts, N, K] -> (y [M, N], u [M, rank] fp32)
+// x [M, K] in groups, weight [experts, N, K] or none -> (y [M, N], u [M, rank] fp32)
 std::tuple<Tensor, Tensor> grouped_linear_cpu(
-    const Tensor& x, const Tensor& weight, std::optional<Tensor> absmax, std::optional<Tensor> nested_absmax,
+    const Tensor& x, std::optional<Tensor> weight, std::optional<Tensor> absmax, std::optional<Tensor> nested_absmax,
     std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset, int64_t blocksize, int64_t nested_blocksize,
     int64_t quant_type, std::vector<int64_t> shape, bool transposed, const Tensor& offsets, const Tensor& experts,
     const Tensor& slots, std::optional<Tensor> bias, std::optional<Tensor> lora_A, std::optional<Tensor> lora_B,
@@ -133,7 +134,7 @@ std::tuple<Tensor, Tensor> grouped_linear_cpu(
 
 // grad_y [M, N] -> (grad_x [M, K], grad_A, grad_B); what is not wanted comes back empty.
 std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward_cpu(
-    const Tensor& grad_y, const Tensor& x, const Tensor& weight, std::optional<Tensor> absmax,
+    const Tensor& grad_y, const Tensor& x, std::optional<Tensor> weight, std::optional<Tensor> absmax,
     std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset,
     int64_t blocksize, int64_t nested_blocksize, int64_t quant_type, std::vector<int64_t> shape, bool transposed,
     const Tensor& offsets, const Tensor& experts, const Tensor& slots, std::optional<Tensor> lora_A,

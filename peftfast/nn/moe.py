@@ -53,7 +53,7 @@ class Routing:
     def linear(
         self,
         x: Tensor,
-        weight: Tensor | FourBitWeight,
+        weight: Tensor | FourBitWeight | None,
         lora_A: Tensor | None = None,
         lora_B: Tensor | None = None,
         scaling: float | Tensor = 1.0,

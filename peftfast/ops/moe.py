@@ -20,7 +20,7 @@ COMBINE_BACKWARD = torch.ops.peftfast.moe_combine_backward.default
 
 def grouped_linear(
     x: Tensor,
-    weight: Tensor | FourBitWeight,
+    weight: Tensor | FourBitWeight | None,
     offsets: Tensor,
     lora_A: Tensor | None = None,
     lora_B: Tensor | None = None,
@@ -44,7 +44,7 @@ def grouped_linear(
     Args:
         x: [M, K], float32, bfloat16 or float16; rows of a group follow one another. With `rows`: [T, K].
         weight: [experts, N, K] in the dtype of x, frozen; [experts, K, N] when `transposed`; or a FourBitWeight
-            of that shape.
+            of that shape. None: no such term, y is what the adapters give.
         offsets: int64 [groups + 1], ascending, within [0, M]: group g is the rows offsets[g] to offsets[g + 1]. Rows
             of no group come out as zeros.
         lora_A: [slots, r, K] in the dtype of x or float32; None: no adapters.
@@ -100,7 +100,11 @@ def call(
         seed, dropout = None, 0.0
     elif seed is None:
         seed = torch.randint(2**63 - 1, (1,), device=x.device)
-    base = _parts(weight)
+    if weight is None:
+        experts, transposed = torch.zeros_like(experts), False
+        base = (None,) * 5 + (0, 0, 0, [1, lora_B.shape[1], lora_A.shape[2]])
+    else:
+        base = _parts(weight)
     compute = DTYPES.index(compute_dtype or x.dtype)
     return _GroupedLinear.apply(
         x, lora_A, lora_B, bias, base, transposed, offsets, experts, slots, rows, places, scaling, dropout, seed,
@@ -234,30 +238,36 @@ def _check(
     if four_bit:
         check_weight(weight)
     optional = {
+        "weight": weight.packed if four_bit else weight,
         "lora_A": lora_A, "lora_B": lora_B, "experts": experts, "slots": slots, "rows": rows, "bias": bias,
         "seed": seed,
     }  # fmt: skip
     given = {name: value for name, value in optional.items() if value is not None}
-    check_tensors(
-        {"x": x, "weight": weight.packed if four_bit else weight, "offsets": offsets} | given, [], []
-    )
+    check_tensors({"x": x, "offsets": offsets} | given, [], [])
     if x.dtype not in DTYPES:
         raise TypeError(f"x must be float32, bfloat16 or float16, got {name_of(x.dtype)}.")
     if compute_dtype is not None and compute_dtype not in DTYPES:
         raise TypeError(f"compute_dtype must be float32, bfloat16 or float16, got {compute_dtype}.")
-    if len(weight.shape) != 3:
-        raise ValueError(f"weight must have 3 dimensions, got shape {list(weight.shape)}.")
+    if (lora_A is None) != (lora_B is None):
+        raise ValueError("lora_A and lora_B must be given together.")
+    if weight is None:
+        for name, value in {"bias": bias, "experts": experts}.items():
+            if value is not None:
+                raise ValueError(f"{name} goes with a weight, and weight is None.")
+        for name, value in {"lora_A": lora_A, "lora_B": lora_B}.items():
+            if value is None or value.dim() != 3:
+                raise ValueError(f"{name} must have 3 dimensions, as weight is None.")
     autocast = torch.is_autocast_enabled(x.device.type)
-    if not four_bit and weight.dtype != x.dtype and not autocast:
+    shape = (1, lora_B.shape[1], lora_A.shape[2]) if weight is None else tuple(weight.shape)
+    if len(shape) != 3:
+        raise ValueError(f"weight must have 3 dimensions, got shape {list(shape)}.")
+    if isinstance(weight, Tensor) and weight.dtype != x.dtype and not autocast:
         raise TypeError(
             f"weight is {name_of(weight.dtype)}, but x is {name_of(x.dtype)}: they must be the same."
         )
-    count = weight.shape[0]
-    outputs, inputs = (weight.shape[2], weight.shape[1]) if transposed else weight.shape[1:]
+    count, outputs, inputs = (shape[0], shape[2], shape[1]) if transposed and weight is not None else shape
     if x.dim() != 2 or x.shape[1] != inputs:
         raise ValueError(f"x has shape {list(x.shape)}, expected [M, {inputs}].")
-    if (lora_A is None) != (lora_B is None):
-        raise ValueError("lora_A and lora_B must be given together.")
     if lora_A is not None:
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         if lora_A.dtype not in (dtype, torch.float32):
@@ -305,7 +315,8 @@ def _check(
         ("experts", experts, 0, count), ("slots", slots, None, slot_count), ("rows", rows, 0, x.shape[0]),
     ):  # fmt: skip
         if value is None:
-            if name != "rows" and groups > most and (name == "experts" or lora_A is not None):
+            by_place = weight is not None if name == "experts" else lora_A is not None
+            if name != "rows" and groups > most and by_place:
                 raise ValueError(f"{name} must say what each of the {groups} groups has: there are {most}.")
             continue
         if name != "rows" and value.numel() != groups:
