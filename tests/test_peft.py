@@ -714,7 +714,8 @@ def test_fallback(case):
 
 
 def test_fallback_of_a_mixed_batch():
-    model = net().eval()
+    """With a bias of an adapter; tests/test_mixed_batches.py has those that run on the fast path."""
+    model = net(lora_bias=True).eval()
     model.add_adapter("second", LoraConfig(r=2, target_modules=["linear"]))
     randomize(model, ["lora_B.second"])
     names = ["default", "second", "__base__"]

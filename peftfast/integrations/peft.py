@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from peft.import_utils import is_bnb_4bit_available
@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from peftfast.integrations import expert_adapters
+from peftfast.integrations import expert_adapters, mixed_batches
 from peftfast.integrations.bases import KINDS, autocast_dtype, is_plain, is_plain_tensor, why_not_input
 from peftfast.integrations.forwards import last_fallback, name_of, outermost, stand_in, why_not_reached
 from peftfast.nn.fourbit import Linear4bit
@@ -141,7 +141,22 @@ def stand_ins() -> Iterator[tuple[type, Callable]]:
             why_not_call, fused = _why_not_call, _fused
         elif issubclass(kind, ParamWrapper):
             why_not_call, fused = expert_adapters.why_not_call, expert_adapters.fused
-        yield kind, lambda original, why=why_not_call, run=fused: stand_in(original, NAME, _at_rest, why, run)
+        yield kind, lambda original, why=why_not_call, run=fused: _forward(original, why, run)
+
+
+def _forward(original: Callable, why_not_call: Callable, fused: Callable | None) -> Callable:
+    """Adapters are the active ones, or those that `adapter_names` gives to the samples."""
+    active = stand_in(original, NAME, _at_rest, why_not_call, fused)
+    mixed = stand_in(original, NAME, _switched_off, why_not_call, fused)
+
+    def forward(self, *args, **kwargs):
+        names = kwargs.get("adapter_names")
+        if names is None:
+            return active(self, *args, **kwargs)
+        run = mixed if mixed_batches.named(self, names) else original
+        return run(self, *args, **kwargs)
+
+    return forward
 
 
 def why_not(layer: LoraLayer) -> str | None:
@@ -154,7 +169,9 @@ def why_not(layer: LoraLayer) -> str | None:
         )
     if not isinstance(layer, tuple(FUSED)):
         return _at_rest(layer) or _why_not_kind(layer)
-    return _at_rest(layer) or why_not_reached(layer) or _why_not(layer) or last_fallback(layer)
+    return (
+        _at_rest(layer) or why_not_reached(layer) or _why_not(layer, _active(layer)) or last_fallback(layer)
+    )
 
 
 def _with_own_forward(base: type) -> Iterator[type]:
@@ -164,13 +181,14 @@ def _with_own_forward(base: type) -> Iterator[type]:
         yield from _with_own_forward(kind)
 
 
-def _fused(layer: Linear, x: Tensor, **_) -> Tensor:
+def _fused(layer: Linear, x: Tensor, adapter_names: Sequence[str] | None = None, **_) -> Tensor:
+    if adapter_names is not None:
+        names = mixed_batches.named(layer, adapter_names)
+        return mixed_batches.fused(layer, x, adapter_names, names, _dropout_of(layer.lora_dropout[names[0]]))
     base = layer.base_layer
     lora_A, lora_B, scaling, dropout = [], [], [], []
     bias = base.bias
-    for name in layer.active_adapters:
-        if name not in layer.lora_A:
-            continue
+    for name in _active(layer):
         B = layer.lora_B[name]
         lora_A.append(layer.lora_A[name].weight)
         lora_B.append(B.weight)
@@ -180,6 +198,10 @@ def _fused(layer: Linear, x: Tensor, **_) -> Tensor:
             term = B.bias * layer.scaling[name]
             bias = term if bias is None else bias + term
     return KINDS[type(base)].call(base, x, lora_A, lora_B, scaling, bias, dropout)
+
+
+def _active(layer: LoraLayer) -> list[str]:
+    return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
 def _dropout_of(module: nn.Module) -> float:
@@ -196,29 +218,40 @@ def _why_not_kind(layer: LoraLayer, *args, **kwargs) -> str:
 
 def _at_rest(layer: LoraLayer) -> str | None:
     """States in which PEFT runs the base layer alone: nothing to fuse, and no fallback either."""
-    if layer.disable_adapters:
-        return "its adapters are disabled, the base layer runs alone"
-    if layer.merged:
-        return "its adapters are merged into the base weight"
+    reason = _switched_off(layer)
+    if reason is not None:
+        return reason
     if not any(name in layer.lora_A or name in layer.lora_embedding_A for name in layer.active_adapters):
         return "it has no active adapter, the base layer runs alone"
     return None
 
 
-def _why_not_call(layer: Linear, x: Tensor, *args, **kwargs) -> str | None:
+def _switched_off(layer: LoraLayer) -> str | None:
+    if layer.disable_adapters:
+        return "its adapters are disabled, the base layer runs alone"
+    if layer.merged:
+        return "its adapters are merged into the base weight"
+    return None
+
+
+def _why_not_call(
+    layer: Linear, x: Tensor, *args, adapter_names: Sequence[str] | None = None, **kwargs
+) -> str | None:
     """What is passed to the forward, then the layer."""
-    if args or kwargs:
-        if kwargs.get("adapter_names") is not None:
-            return "adapter_names mixes adapters within the batch"
-        extra = [key for key in kwargs if key not in VARIANT_KWARG_KEYS and key != "adapter_names"]
-        if args or extra:
-            return "its forward was given more arguments than x"
+    if args or any(key not in VARIANT_KWARG_KEYS for key in kwargs):
+        return "its forward was given more arguments than x"
     if _has_any_global_hook():
         return "a global module hook is registered"
-    return _why_not(layer) or why_not_input(layer.base_layer, x) or _why_not_dtype(layer, x)
+    names = _active(layer) if adapter_names is None else mixed_batches.named(layer, adapter_names)
+    reason = _why_not(layer, names) or why_not_input(layer.base_layer, x) or _why_not_dtype(layer, x, names)
+    if reason is None and adapter_names is not None:
+        reason = mixed_batches.why_not(
+            layer, names, [_dropout_of(layer.lora_dropout[name]) for name in names]
+        )
+    return reason
 
 
-def _why_not(layer: Linear) -> str | None:
+def _why_not(layer: Linear, names: list[str]) -> str | None:
     """The layer itself, whatever the input."""
     if type(layer) not in FUSED:
         return f"{type(layer).__name__} is a subclass of a LoRA layer that is fused"
@@ -232,9 +265,7 @@ def _why_not(layer: Linear) -> str | None:
     if reason is not None:
         return reason
     device = kind.device(base)
-    for name in layer.active_adapters:
-        if name not in layer.lora_A:
-            continue
+    for name in names:
         variant = layer.lora_variant.get(name)
         if (
             variant is not None
@@ -261,15 +292,14 @@ def _why_not(layer: Linear) -> str | None:
     return None
 
 
-def _why_not_dtype(layer: Linear, x: Tensor) -> str | None:
+def _why_not_dtype(layer: Linear, x: Tensor, names: list[str]) -> str | None:
     """The adapters' dtypes, given that the base layer can take x."""
     dtype = autocast_dtype(x) or x.dtype
     cast_input = getattr(layer, "cast_input_dtype_enabled", True)
-    for name in layer.active_adapters:
-        if name in layer.lora_A:
-            adapter_dtype = layer.lora_A[name].weight.dtype
-            if adapter_dtype not in (dtype, torch.float32):
-                return f"adapter {name} is {adapter_dtype}, its input {dtype}"
-            if not cast_input and adapter_dtype != x.dtype:
-                return "casting its input to the adapter's dtype is switched off"
+    for name in names:
+        adapter_dtype = layer.lora_A[name].weight.dtype
+        if adapter_dtype not in (dtype, torch.float32):
+            return f"adapter {name} is {adapter_dtype}, its input {dtype}"
+        if not cast_input and adapter_dtype != x.dtype:
+            return "casting its input to the adapter's dtype is switched off"
     return None
