@@ -1,10 +1,11 @@
 """How long does a training step of a 7B model take here, in how much memory, and what share of the ceiling is that?
 
-The architecture of Llama-2-7B, Qwen2.5-7B or Llama-3.1-8B is built from its transformers configuration with
-random weights. Each linear layer is made in the model's dtype, quantized to 4 bits (NF4, nested scales) at once
-and dropped, so that the model never exists whole in 16 bits; embeddings and lm_head stay dense. PEFT puts
-LoRA adapters (r = 16, dropout 0.05, fp32) on all linear layers but lm_head. A step is one sequence of random tokens:
-forward, backward with every decoder layer checkpointed, AdamW.
+The architecture of Llama-2-7B, Qwen2.5-7B, Llama-3.1-8B or the mixture of experts OLMoE-1B-7B is built from its
+transformers configuration with random weights. Each linear layer, each projection of experts is made in the model's
+dtype, quantized to 4 bits (NF4, nested scales) at once and dropped, so that the model never exists whole in 16 bits;
+embeddings, routers and lm_head stay dense. PEFT puts LoRA adapters (r = 16, dropout 0.05, fp32) on all linear layers
+but lm_head, and on all experts of a mixture (then without dropout, which PEFT refuses there). A step is one sequence
+of random tokens: forward, backward with every decoder layer checkpointed, AdamW.
 
 - "peftfast": on `peftfast.nn.Linear4bit`, under `peftfast.enabled()`. The frozen lm_head, to which PEFT adds nothing,
   runs on `peftfast.ops.lora_linear` without adapters.
@@ -16,13 +17,15 @@ Usage:
     python benchmarks/bench_7b.py                                              # Llama-2-7B; many minutes
     python benchmarks/bench_7b.py --model qwen2.5-7b llama-3.1-8b --tokens 512
     python benchmarks/bench_7b.py --layers 8 --tokens 512 --compare --dtype fp32
+    python benchmarks/bench_7b.py --model olmoe-1b-7b --tokens 512
     python benchmarks/bench_7b.py --model tiny --steps 3                       # to see it work; seconds
 
 The dtype is that of activations, products, embeddings and lm_head. Each model has a process of its own. The peak of
 its resident memory (of the device's, with --device cuda) includes the build, and with several lengths all
 shorter ones. The work counted for the share of the ceiling is the least that the linear layers can do:
 2·M·K·N for each of forward, recomputed forward and input gradient (lm_head is not recomputed), and 2·M·r·(K + N)
-for each of the adapters' four. Attention, the loss and the optimizer count nothing, but their time does.
+for each of the adapters' four, where M counts a token once for each of its experts. Attention, the loss and the
+optimizer count nothing, but their time does.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ import psutil
 import torch
 from bench_fourbit import bitsandbytes_layer
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from record import (
     DTYPES,
     Contender,
@@ -59,9 +62,10 @@ from record import (
 from rich.console import Console
 from rich.progress import track
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, OlmoeConfig, PretrainedConfig, Qwen2Config
 
 import peftfast
+from peftfast.integrations.experts import is_experts, quantize_experts, weight_of
 from peftfast.nn import Linear4bit
 from peftfast.ops import fourbit_quantize, lora_linear
 
@@ -93,6 +97,7 @@ CONFIGS: dict[str, Callable[..., PretrainedConfig]] = {
             "original_max_position_embeddings": 8192,
         },
     ),
+    "olmoe-1b-7b": partial(OlmoeConfig, intermediate_size=1024),
     "tiny": partial(
         LlamaConfig,
         vocab_size=512,
@@ -142,12 +147,19 @@ def build(config: PretrainedConfig, dtype: torch.dtype, device: str, stock: bool
         else:
             for key, parameter in module.named_parameters(recurse=False):
                 setattr(module, key, nn.Parameter(filled(parameter), requires_grad=False))
+            if is_experts(module) and not stock:
+                quantize_experts(module)
     model.is_loaded_in_4bit = True  # As transformers tells PEFT.
     model.activation_checkpointing_enable()
     model.enable_input_require_grads()
-    adapters = LoraConfig(
-        r=RANK, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+    if hasattr(config, "num_experts_per_tok"):
+        targets = dict(
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+            target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+        )
+    else:
+        targets = dict(target_modules="all-linear", lora_dropout=0.05)
+    adapters = LoraConfig(r=RANK, lora_alpha=32, task_type="CAUSAL_LM", **targets)
     return get_peft_model(model, adapters).train()
 
 
@@ -189,9 +201,14 @@ def least_flops(model: nn.Module, tokens: int) -> int:
     head = model.get_base_model().get_output_embeddings()
     flops = 2 * 2 * tokens * head.in_features * head.out_features
     for layer in model.modules():
-        if isinstance(layer, LoraLayer):
-            K, N = layer.in_features, layer.out_features
-            flops += 3 * 2 * tokens * K * N + 4 * 2 * tokens * RANK * (K + N)
+        if isinstance(layer, ParamWrapper):
+            _, N, K = weight_of(layer.get_base_layer(), layer.parameter_name).shape
+            rows = tokens * model.config.num_experts_per_tok
+        elif isinstance(layer, LoraLayer):
+            K, N, rows = layer.in_features, layer.out_features, tokens
+        else:
+            continue
+        flops += 3 * 2 * rows * K * N + 4 * 2 * rows * RANK * (K + N)
     return flops
 
 

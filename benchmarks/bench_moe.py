@@ -6,6 +6,7 @@ One experts layer of a mixture-of-experts model, with stock PEFT adapters on bot
 - as PEFT runs it on transformers' implementations: "PEFT grouped_mm" and "PEFT eager";
 - without adapters, as "frozen grouped_mm" and "frozen eager";
 - under `peftfast.enabled()`: "peftfast", the same module, and "peftfast 4-bit", with its experts in NF4;
+- with adapters on every fourth expert alone, as "peftfast 25 %" (`peftfast.ExpertLoraConfig`);
 - without adapters, as "peftfast frozen".
 
 Usage:
@@ -16,7 +17,8 @@ Usage:
 A token's experts are drawn by a fixed seed, "uniform" or "skewed" (Zipf's law over the experts). lora_B is random.
 What is timed, "forward" or "forward+backward", is as in bench_lora.py; backward also gives the gradient of the
 routing weights. The work counted is the least possible: three products of H x I per token and expert in each pass
-over the weights, and the adapters'; a pass reads the experts that have tokens once.
+over the weights, and the adapters'; a pass reads the experts that have tokens once. "saved" is what forward keeps for
+backward beside weights and inputs, "peak" by how much memory grows during the call, its results included.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from record import DTYPES, Contender, Record, machine_facts, measure_ceilings, positive
+from record import DTYPES, Contender, Record, machine_facts, measure_ceilings, positive, verdict
 from rich.console import Console
 from torch import nn
 from transformers import MixtralConfig, OlmoeConfig, Qwen3MoeConfig
@@ -43,10 +45,10 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import peftfast
 from peftfast.integrations.experts import quantize_experts
-from peftfast.testing import bytes_saved_for_backward
+from peftfast.testing import bytes_saved_for_backward, peak_memory
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
-    "olmoe": lambda: OlmoeExperts(OlmoeConfig()),  # 64 experts, H 2048, I 1024, top 8
+    "olmoe": lambda: OlmoeExperts(OlmoeConfig(intermediate_size=1024)),  # 64 experts, H 2048, top 8
     "qwen3-30b": lambda: Qwen3MoeExperts(
         Qwen3MoeConfig(num_experts=128, hidden_size=2048, moe_intermediate_size=768)
     ),
@@ -77,12 +79,13 @@ class Model(nn.Module):
         return self.experts(*inputs)
 
 
-def adapted(experts: nn.Module, r: int) -> nn.Module:
-    """PEFT's adapters on both projections, with random lora_A and lora_B."""
-    config = LoraConfig(
-        r=r, lora_alpha=2 * r, target_modules=[],
-        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
-    )  # fmt: skip
+def adapted(experts: nn.Module, r: int, chosen: list[int] | None = None) -> nn.Module:
+    """PEFT's adapters on both projections, or ours on the chosen experts, with random lora_A and lora_B."""
+    if chosen is None:
+        parameters = ["experts.gate_up_proj", "experts.down_proj"]
+        config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=[], target_parameters=parameters)
+    else:
+        config = peftfast.ExpertLoraConfig(r=r, lora_alpha=2 * r, experts={"experts": chosen})
     layer = get_peft_model(Model(experts), config).base_model.model.experts
     for name, parameter in layer.named_parameters():
         if "lora_B" in name:
@@ -135,9 +138,10 @@ def contenders(point: Point, device: str) -> dict[str, Contender]:
     passes = 2 if backward else 1
     rows, hit = index.numel(), index.unique().numel()
     per_expert = experts.gate_up_proj[0].numel() + experts.down_proj[0].numel()
-    adapter_flops = (3 if backward else 1) * 2 * rows * point.r * sum(
+    adapter_flops = (3 if backward else 1) * 2 * point.r * sum(
         sum(weight.shape[1:]) for weight in (experts.gate_up_proj, experts.down_proj)
     )  # fmt: skip
+    chosen = list(range(0, experts.num_experts, 4))
 
     def call(layer: nn.Module, tokens: int = point.tokens) -> Callable[[], Any]:
         inputs = x[:tokens].detach().requires_grad_(backward)
@@ -157,6 +161,9 @@ def contenders(point: Point, device: str) -> dict[str, Contender]:
     found: dict[str, Contender] = {}
 
     def add(name: str, layer: nn.Module, base: nn.Module, how: Callable = nullcontext) -> None:
+        adapted_rows = (
+            0 if layer is base else torch.isin(index, torch.tensor(chosen)).sum() if "%" in name else rows
+        )
         bits = 4.127 if "4-bit" in name else 8 * dtype.itemsize
         inputs = [x.detach().requires_grad_(), index, weights.detach().requires_grad_()]
         known = [*inputs, *base.parameters(), *layer.parameters()]
@@ -165,15 +172,17 @@ def contenders(point: Point, device: str) -> dict[str, Contender]:
             with how():
                 return bytes_saved_for_backward(lambda: layer(*inputs), known)
 
+        run = call(layer)
         found[name] = Contender(
-            run=call(layer),
-            flops=passes * 2 * rows * per_expert + (adapter_flops if layer is not base else 0),
+            run=run,
+            flops=passes * 2 * rows * per_expert + int(adapted_rows) * adapter_flops,
             bytes_moved=passes * (hit * per_expert * bits / 8 + dtype.itemsize * 2 * x.numel()),
             ours=name.startswith("peftfast"),
             context=how,
             shrunk=lambda tokens: call(layer, tokens),
             rows=point.tokens,
             saved_bytes=saved if backward else None,
+            peak_bytes=partial(peak_memory, run, device),
         )
 
     layer = adapted(experts, point.r)
@@ -184,8 +193,68 @@ def contenders(point: Point, device: str) -> dict[str, Contender]:
     strict = partial(peftfast.enabled, strict=True)
     add("peftfast", layer, experts, strict)
     add("peftfast 4-bit", adapted(fourbit, point.r), fourbit, strict)
+    add("peftfast 25 %", adapted(experts, point.r, chosen), experts, strict)
     add("peftfast frozen", experts, experts, partial(implementation, experts, "peftfast"))
     return found
+
+
+def acceptance(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Each bar that adapters on experts have to reach on the CPU, with what this run has seen of it."""
+    PEFT, frozen = ("PEFT grouped_mm", "PEFT eager"), ("frozen grouped_mm", "frozen eager")
+
+    def select(call: str, *tokens: int) -> list[tuple[str, dict[str, Any]]]:
+        points = [(row["point"], row["implementations"]) for row in rows]
+        return [
+            (f"{point['dtype']} {point['tokens']} {point['routing']}", found)
+            for point, found in points
+            if point["layer"] == "olmoe" and point["call"] == call and point["tokens"] in tokens
+        ]
+
+    def faster(what: str, least: float, ours: str, rivals: tuple[str, ...], cases: list) -> dict[str, str]:
+        seen, checks, gaps = [], [], 0
+        for where, found in cases:
+            times = [found[ours]["speedup"][rival] for rival in rivals if rival in found[ours]["speedup"]]
+            gaps += len(times) < len(rivals)
+            seen.append(
+                f"{where}: {min(times):.2f} x" if times else f"{where}: {found[rivals[0]]['skipped']}"
+            )
+            checks += [min(times) >= least] if times else []
+        return verdict(what, f"at least {least:g} x", seen, checks, gaps)
+
+    def at_most(what: str, most: float, cases: list, ratio: Callable[[dict], float | None]) -> dict[str, str]:
+        ratios = {where: ratio(found) for where, found in cases}
+        known = {where: value for where, value in ratios.items() if value is not None}
+        seen = [f"{where}: {value:.0%}" for where, value in known.items()]
+        return verdict(
+            what, f"at most {most:.0%}", seen, [v <= most for v in known.values()], len(ratios) - len(known)
+        )
+
+    def extra_memory(found: dict) -> float | None:
+        """Ours of PEFT's, beyond that of the frozen layer."""
+        peaks = {name: it["peak_bytes"] for name, it in found.items() if "peak_bytes" in it}
+        if not peaks.keys() & set(PEFT) or not peaks.keys() & set(frozen):
+            return None
+        least = min(peaks["peftfast frozen"], *(peaks[name] for name in frozen if name in peaks))
+        return (peaks["peftfast"] - least) / (min(peaks[name] for name in PEFT if name in peaks) - least)
+
+    def adapter_work(found: dict) -> float:
+        all_, some, none = (found[f"peftfast{which}"]["median_ms"] for which in ("", " 25 %", " frozen"))
+        return (some - none) / (all_ - none)
+
+    both = "forward+backward"
+    return [
+        faster("512 tokens, against PEFT's best", 6, "peftfast", PEFT, select(both, 512)),
+        faster("4096 tokens, against PEFT's best", 5, "peftfast", PEFT, select(both, 4096)),
+        faster("1 token, forward, against PEFT's best", 60, "peftfast", PEFT, select("forward", 1)),
+        faster("frozen, 512 tokens, against transformers' best", 1.5, "peftfast frozen", frozen, select(both, 512)),
+        faster("frozen, 4096 tokens, against transformers' best", 3, "peftfast frozen", frozen, select(both, 4096)),
+        at_most("peak memory beyond the frozen layer's, of PEFT's", 0.05, select(both, 512, 4096), extra_memory),
+        at_most(
+            "4-bit experts, 512 tokens, time of dense ones'", 1.15, select(both, 512),
+            lambda found: found["peftfast 4-bit"]["median_ms"] / found["peftfast"]["median_ms"],
+        ),
+        at_most("adapters on 25 % of the experts, work of all's", 0.35, select(both, 512, 4096), adapter_work),
+    ]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------ command line
@@ -196,19 +265,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="OLMoE's layer at 1 and 512 tokens, skewed")
+    add("--quick", action="store_true", help="OLMoE's layer at 1 and 512 tokens, skewed, in fp32")
     add("--layer", nargs="+", choices=LAYERS, default=["olmoe"])
     add("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
     add("--tokens", nargs="+", type=positive, default=[1, 64, 512, 4096])
     add("--rank", nargs="+", type=positive, default=[16], metavar="r")
     add("--routing", nargs="+", choices=["skewed", "uniform"], default=["skewed", "uniform"])
     add("--device", choices=["cpu", "cuda"], default="cpu")
-    add("--cap", type=float, default=20.0, metavar="S", help="seconds a call from which a rival is skipped")
+    add("--cap", type=float, default=60.0, metavar="S", help="seconds a call from which a rival is skipped")
     add("--budget", type=float, default=10.0, metavar="S", help="seconds for the timed rounds of one point")
     add("--json", type=Path, metavar="FILE", help="default: benchmarks/results/moe-MACHINE.json")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.layer, options.tokens, options.rank, options.routing = ["olmoe"], [1, 512], [16], ["skewed"]
+        options.layer, options.dtype, options.rank = ["olmoe"], ["fp32"], [16]
+        options.tokens, options.routing = [1, 512], ["skewed"]
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here")
     return options
@@ -240,6 +310,9 @@ def main() -> None:
         least=1,
         cuda=options.device == "cuda",
     )
+    if options.device == "cpu":
+        record.acceptance = acceptance(record.rows)
+    record.save(path)
     record.print(console)
     console.print(f"Record: {path}", highlight=False)
 

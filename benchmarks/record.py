@@ -15,7 +15,7 @@ The record, format 1:
      "acceptance": [{"what", "bar", "seen", "verdict"}]}
 
 An implementation is either {"ours", "median_ms", "minimum_ms", "rounds", "gflops", "gigabytes_per_second",
-"ceiling_share", "bound", "saved_bytes"} and for ours also "speedup": {rival: times faster}; or {"ours",
+"ceiling_share", "bound", "saved_bytes", "peak_bytes"} and for ours also "speedup": {rival: times faster}; or {"ours",
 "skipped": reason}, where a skipped one may carry "estimate_ms", extrapolated from fewer rows and never used
 for a ratio. A benchmark of whole models adds "tokens_per_second", "build_seconds" and, in bytes,
 "rss_after_build" and "peak_rss".
@@ -153,6 +153,7 @@ class Contender:
             `run` takes without waiting for it.
         rows: the size of `run` in the unit of `shrunk`; the time is taken to be proportional to it.
         saved_bytes: what the forward pass keeps for backward, where that is part of the question.
+        peak_bytes: by how much memory grows during `run`, where that is.
         unavailable: why this machine cannot run it at all; it is then recorded as skipped.
     """
 
@@ -164,6 +165,7 @@ class Contender:
     shrunk: Callable[[int], Callable[[], Any]] | None = None
     rows: int = 0
     saved_bytes: Callable[[], int] | None = None
+    peak_bytes: Callable[[], int] | None = None
     unavailable: str | None = None
 
 
@@ -213,6 +215,8 @@ def measure(
                 contender.run()
                 if contender.saved_bytes is not None:
                     implementations[name]["saved_bytes"] = contender.saved_bytes()
+                if contender.peak_bytes is not None:
+                    implementations[name]["peak_bytes"] = contender.peak_bytes()
         except Exception as error:
             if contender.ours:
                 raise
@@ -463,6 +467,7 @@ def _bytes_cell(count: int) -> str:
 # What an implementation may have besides its speed: how its column of the table is headed and written.
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "saved_bytes": ("saved", _bytes_cell),
+    "peak_bytes": ("peak", _bytes_cell),
     "tokens_per_second": ("tokens/s", "{:.4g}".format),
     "peak_rss": ("peak RSS", lambda count: f"{count / 1e9:.2f} GB"),
 }

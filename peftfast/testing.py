@@ -12,11 +12,13 @@ shared machine drifts by more than the differences of interest.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -229,6 +231,37 @@ def _seconds(function: Callable[[], Any], cuda: bool) -> float:
 
 
 # ------------------------------------------------------------------------------------------------ memory
+
+
+def peak_memory(function: Callable[[], Any], device: str = "cpu") -> int:
+    """The bytes by which memory grows, at its highest, while `function` runs: what it returns and all it needs for it.
+
+    Of a GPU its tensors count, of the CPU the resident memory of the whole process (Linux). There a function that ran
+    before finds its scratch memory still allocated, and what other threads do counts too.
+
+    Raises:
+        OSError: the system does not let the process reset its own peak.
+    """
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = function()
+        torch.cuda.synchronize()
+        del result
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator keeps would hide as much of the peak
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is resident now
+    before = _resident("VmRSS")
+    result = function()
+    del result
+    return max(0, _resident("VmHWM") - before)
+
+
+def _resident(entry: str) -> int:
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[entry].split()[0]) * 1024
 
 
 def bytes_saved_for_backward(function: Callable[[], Any], besides: Iterable[torch.Tensor] = ()) -> int:

@@ -9,6 +9,7 @@ import torch
 from peftfast.testing import (
     assert_as_accurate,
     bytes_saved_for_backward,
+    peak_memory,
     relative_error,
     speedup,
     time_in_turn,
@@ -73,3 +74,15 @@ def test_bytes_saved_for_backward():
     assert bytes_saved_for_backward(lambda: x @ w) == 800
     assert bytes_saved_for_backward(lambda: x @ w, [x, w]) == 0
     assert bytes_saved_for_backward(lambda: (x @ w).exp().sum(), [x, w]) == 400
+
+
+def test_peak_memory_is_what_a_function_needs_at_once():
+    size = 2**26
+
+    def run():
+        torch.ones(size // 4)  # freed before the next
+        return torch.ones(size // 4) * 2
+
+    run()
+    assert 1.9 * size < peak_memory(run) < 2.3 * size
+    assert peak_memory(lambda: None) < size // 8
