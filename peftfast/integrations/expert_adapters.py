@@ -14,16 +14,17 @@ from collections.abc import Iterator
 
 import torch
 from peft.tuners.lora.layer import ParamWrapper as Wrapper
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from peftfast.integrations import experts
 from peftfast.integrations.bases import is_plain, is_plain_tensor
+from peftfast.integrations.merging import MergesAtOnce
 from peftfast.ops import fourbit_dequantize
 
 
-class ParamWrapper(Wrapper):
+class ParamWrapper(MergesAtOnce, Wrapper):
     """PEFT's adapter on a projection of 4-bit experts; the same, but that it merges into a 4-bit weight.
 
     PEFT knows the class by its name.
@@ -43,27 +44,6 @@ class ParamWrapper(Wrapper):
         if self.disable_adapters or self.merged:
             return self.base_layer(*args, **kwargs)
         return fused(self, *args, **kwargs)
-
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds the adapters to the base weight, all of them or, on an error, none.
-
-        Raises:
-            ValueError: the sum is not finite.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
-        if names:
-            self._add(names, 1)
-            self.merged_adapters += names
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Takes the merged adapters out of the base weight again."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        self._add([name for name in self.merged_adapters if name in self.lora_A], -1)
-        self.merged_adapters.clear()
 
     def _add(self, names: list[str], sign: int) -> None:
         base, name = self.get_base_layer(), self.parameter_name

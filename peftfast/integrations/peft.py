@@ -16,19 +16,20 @@ from peft.import_utils import is_bnb_4bit_available
 from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.lora.layer import VARIANT_KWARG_KEYS, ParamWrapper
 from peft.tuners.lora.variants import ALoraLinearVariant, ArrowLinearVariant, MiCALinearVariant
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from peftfast.integrations import expert_adapters, mixed_batches
 from peftfast.integrations.bases import KINDS, autocast_dtype, is_plain, is_plain_tensor, why_not_input
 from peftfast.integrations.forwards import last_fallback, name_of, outermost, stand_in, why_not_reached
+from peftfast.integrations.merging import MergesAtOnce
 from peftfast.nn.fourbit import Linear4bit
 
 NAME, LAYER = "lora", LoraLayer
 
 
-class LoraLinear4bit(Linear):
+class LoraLinear4bit(MergesAtOnce, Linear):
     """PEFT's LoRA layer on a `peftfast.nn.Linear4bit`; the same, but that it merges into a 4-bit weight.
 
     Merging and unmerging quantize the weight anew, once for all adapters. `requantization_error` is what that cost the
@@ -49,31 +50,6 @@ class LoraLinear4bit(Linear):
             ("alora_invocation_tokens",): ALoraLinearVariant,
             ("arrow_config",): ArrowLinearVariant,
         }
-
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds the adapters to the base weight, all of them or, on an error, none.
-
-        Args:
-            safe_merge: without effect, since a weight that is not finite is refused in any case.
-            adapter_names: None for the active ones.
-        Raises:
-            ValueError: the sum is not finite.
-            RuntimeError: an adapter has a bias, the base layer none.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
-        if names:
-            self._add(names, 1)
-            self.merged_adapters += names
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Takes the merged adapters out of the base weight again."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        self._add([name for name in self.merged_adapters if name in self.lora_A], -1)
-        self.merged_adapters.clear()
 
     def _add(self, names: list[str], sign: int) -> None:
         base = self.get_base_layer()

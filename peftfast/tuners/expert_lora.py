@@ -21,13 +21,14 @@ import torch
 from peft import LoraConfig
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from peftfast import reference
 from peftfast.integrations import experts, forwards
 from peftfast.integrations.bases import is_plain
+from peftfast.integrations.merging import MergesAtOnce
 from peftfast.nn.moe import Routing
 from peftfast.ops import fourbit_dequantize
 from peftfast.reference import FourBitWeight
@@ -119,7 +120,7 @@ def _checked_experts(chosen: dict[str, list[int]]) -> dict[str, list[int]]:
     return {layer: sorted(indices) for layer, indices in chosen.items()}
 
 
-class ExpertLora(nn.Module, BaseTunerLayer):
+class ExpertLora(MergesAtOnce, nn.Module, BaseTunerLayer):
     """Adapters on chosen experts of the module that it wraps.
 
     Runs on the grouped operator, whatever the model's experts implementation. What the operator cannot compute
@@ -218,30 +219,6 @@ class ExpertLora(nn.Module, BaseTunerLayer):
         dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
         delta = B.to(dtype) @ A.to(dtype) * self.scaling[adapter_name][projection]
         return delta.transpose(1, 2) if self.get_base_layer().is_transposed else delta
-
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds the adapters to the weights of their experts, all of them or, on an error, none.
-
-        Args:
-            safe_merge: without effect, since a weight that is not finite is refused in any case.
-            adapter_names: None for the active ones.
-        Raises:
-            ValueError: a sum is not finite.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
-        if names:
-            self._add(names, 1)
-            self.merged_adapters += names
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Takes the merged adapters out of the weights again."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        self._add([name for name in self.merged_adapters if name in self.lora_A], -1)
-        self.merged_adapters.clear()
 
     def _add(self, names: list[str], sign: int) -> None:
         base = self.get_base_layer()
