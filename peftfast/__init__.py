@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 
 import torch
 
@@ -59,10 +58,6 @@ after_import(
 )
 # So that PEFT knows the methods that peftfast adds to it.
 after_import("peft", lambda _: importlib.import_module("peftfast.tuners"))
-if importlib.util.find_spec("bitsandbytes") is None:  # its checkpoints are peftfast's to load, without a word
-    after_import(
-        "transformers.modeling_utils", lambda _: importlib.import_module("peftfast.integrations.transformers")
-    )
 
 
 def build_info() -> dict:

@@ -22,6 +22,7 @@ from transformers import (
 import peftfast
 from peftfast import reference
 from peftfast.integrations.experts import FourBitExperts, projections, quantize_experts
+from peftfast.nn.fourbit import quantize_linears
 from peftfast.testing import assert_as_accurate, relative_error
 
 COMMON = dict(
@@ -54,6 +55,11 @@ def base_model(kind="olmoe", dtype=torch.float32):
             if parameter.dim() > 1:
                 parameter.normal_(std=0.05)
     return model
+
+
+def same(logits, others):
+    """Equal but for torch's own products, whose last bits may depend on where operands lie in memory."""
+    return relative_error(logits, others.double()) < 1e-6
 
 
 def adapted(model, targets=BOTH, **options):
@@ -301,3 +307,92 @@ def test_merging_into_4_bit_experts(tmp_path):
         model.unmerge_adapter()
     assert 0 < error < 0.15
     assert not wrapper.merged
+
+
+# ---- the report -------------------------------------------------------------------------------------------
+
+
+def test_the_report_says_what_is_in_4_bits():
+    model = base_model()
+    assert not peftfast.report(model).fourbit and not peftfast.report(model).dense  # not a 4-bit model at all
+    quantize_linears(model, skip=["lm_head", "layers.1.self_attn.q_proj", "experts"])
+    assert "4-bit: 7 linear layers\n" in str(peftfast.report(model))
+    projections = {f"model.layers.{layer}.mlp.{name}" for layer in range(2) for name in BOTH}
+    report = peftfast.report(model)
+    assert set(report.dense) == projections | {"lm_head", "model.layers.1.self_attn.q_proj"}
+    assert ".experts.down_proj (float32, 2 of them), model.layers.1.self_attn.q_proj (float32), lm" in str(
+        report
+    )
+    quantize_experts(model)
+    report = peftfast.report(model)
+    assert projections == {name for name, kind in report.fourbit.items() if kind == "expert projection"}
+    assert "  4-bit: 7 linear layers, 4 expert projections\n" in str(report)
+
+
+def test_the_report_of_a_4_bit_model_is_the_same_under_adapters():
+    model = quantize_linears(quantize_experts(base_model()))
+    alone = peftfast.report(model)
+    for config in (
+        LoraConfig(target_modules=["q_proj"], target_parameters=BOTH),
+        peftfast.ExpertLoraConfig(target_modules=["q_proj"], experts={"model.layers.0.mlp.experts": [1]}),
+    ):
+        report = peftfast.report(get_peft_model(copy.deepcopy(model), config))
+        assert {name.removeprefix("base_model.model.") for name in report.fourbit} == alone.fourbit.keys()
+        assert (
+            {name.removeprefix("base_model.model.") for name in report.dense}
+            == alone.dense.keys()
+            == {"lm_head"}
+        )
+
+
+def test_adapters_on_4_bit_experts_are_fast_when_peftfast_is_off():
+    model = adapted(quantize_experts(base_model()))
+    entries = list(peftfast.report(model))
+    assert entries and all(entry.fast for entry in entries)
+    with peftfast.enabled():
+        assert list(peftfast.report(model)) == entries
+    model.merge_adapter()
+    assert {entry.reason for entry in peftfast.report(model)} == {
+        "its adapters are merged into the base weight"
+    }
+    assert not any(entry.fast for entry in peftfast.report(adapted(base_model())))
+
+
+def test_layers_of_peftfasts_own_methods_are_fast_when_peftfast_is_off():
+    config = peftfast.ExpertLoraConfig(
+        r=2, experts={"model.layers.1.mlp.experts": [0, 3]}, target_modules=["q_proj"]
+    )
+    model = get_peft_model(base_model(), config)
+    fast = {entry.name: entry.kind for entry in peftfast.report(model) if entry.fast}
+    assert fast == {"base_model.model.model.layers.1.mlp.experts": "peftfast.ExpertLora"}
+    assert "1 of 3 adapted" in peftfast.report(model).summary  # q_proj is PEFT's
+    model.model.model.layers[1].mlp.experts.get_base_layer().down_proj.requires_grad_(True)
+    (entry,) = [entry for entry in peftfast.report(model) if entry.kind == "peftfast.ExpertLora"]
+    assert not entry.fast and "trained too" in entry.reason
+    model = get_peft_model(base_model(), peftfast.ExpertLoraConfig(r=2))
+    assert all(entry.fast for entry in peftfast.report(peftfast.accelerate(model)))
+    with model.disable_adapter():
+        assert not any(entry.fast for entry in peftfast.report(model))
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["", "adapted"])
+@pytest.mark.parametrize(
+    "index, weights, message",
+    [
+        ([[0, 8]], [[0.5, 0.5]], "top_k_index holds 0 to 8, there are 8 experts"),
+        ([[0, -1]], [[0.5, 0.5]], "top_k_index holds -1 to 0"),
+        ([[0, 1], [1, 2]], [[0.5, 0.5], [0.5, 0.5]], r"top_k_index is int64 in \[2, 2\]"),
+        ([[0, 1]], [[0.5, 0.3, 0.2]], r"top_k_weights has shape \[1, 3\]"),
+        ([[0, 1]], [[0.5, float("nan")]], "top_k_weights holds values that are not finite"),
+    ],
+)
+def test_wrong_routing_is_refused(index, weights, message, adapters):
+    model = base_model().requires_grad_(False)
+    model.set_experts_implementation("peftfast")
+    if adapters:
+        model = adapted(model).get_base_model()
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda x: mlp.experts(x[0, :1], torch.tensor(index), torch.tensor(weights)).view_as(x)
+    where = r"model\.layers\.1\.mlp\.experts|OlmoeExperts" if adapters else r"model\.layers\.1\.mlp\.experts"
+    with peftfast.enabled(), pytest.raises(ValueError, match=f"^Experts ({where})[^:]*: {message}"):
+        model(IDS[:1, :1])

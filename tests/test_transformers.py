@@ -1,6 +1,7 @@
 """4-bit models in transformers: loading, saving and training, against the real bitsandbytes where bytes matter."""
 
 import json
+import os
 import subprocess
 import sys
 from itertools import product
@@ -8,23 +9,38 @@ from itertools import product
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file, save_file
+from test_experts import BOTH, base_model, dequantized
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    Ernie4_5_VLMoeConfig,
+    Ernie4_5_VLMoeForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    OlmoeConfig,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     Trainer,
     TrainingArguments,
 )
 from transformers.quantizers.auto import AutoHfQuantizer
 
+import peftfast
 from peftfast import FourBitConfig, reference
+from peftfast.integrations.experts import (
+    FourBitExperts,
+    become_dense,
+    is_experts,
+    projections,
+    quantize_experts,
+)
 from peftfast.nn import Linear4bit
+from peftfast.testing import relative_error
 
 LLAMA = dict(
     vocab_size=64, hidden_size=36, intermediate_size=52, num_hidden_layers=2, num_attention_heads=2,
@@ -201,6 +217,8 @@ small, large = sys.argv[1:]
 peak_of(small, quantization_config=peftfast.FourBitConfig())
 peak, model = peak_of(large, quantization_config=peftfast.FourBitConfig())
 kept = sum(m.quantized_weight.nbytes for m in model.modules() if isinstance(m, peftfast.nn.Linear4bit))
+for m in model.modules():
+    kept += sum(weight.nbytes for weight in getattr(m, "fourbit_weights", {}).values())
 del model
 print(peak, kept)
 """
@@ -224,6 +242,31 @@ def test_peak_memory_is_the_4bit_model_and_a_shard(dense, tmp_path):
     peak, kept = map(int, done.stdout.split()[-2:])
     assert 0.2 * size < kept < 0.3 * size
     assert kept * 0.8 < peak < kept + shard < 0.5 * size
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_with_experts_is_the_4bit_model_and_a_projection(dense, tmp_path):
+    """Of all experts of a layer: transformers reads them one by one, stacks them, and joins gate and up."""
+    config = OlmoeConfig(
+        hidden_size=256, intermediate_size=512, num_experts=16, num_hidden_layers=10, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=64, num_experts_per_tok=2, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    projection = model.model.layers[0].mlp.experts.gate_up_proj.nbytes
+    model.save_pretrained(tmp_path / "large", max_shard_size=10 * 2**20)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, dense, tmp_path / "large"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        # Otherwise glibc keeps what was freed of this size for later, which is no memory in use.
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**16)},
+    )
+    assert done.returncode == 0, done.stderr
+    peak, kept = map(int, done.stdout.split()[-2:])
+    assert 0.2 * size < kept < 0.3 * size
+    assert kept * 0.8 < peak < kept + 2.5 * projection < 0.5 * size
 
 
 # ---- checkpoints in 4 bits -------------------------------------------------------------------------------
@@ -465,6 +508,239 @@ def test_the_model_generates(dense):
     assert out.shape == (1, IDS.shape[1] + 4)
 
 
+# ---- experts ---------------------------------------------------------------------------------------------
+
+EXPERTS = ["mixtral", "qwen2_moe", "olmoe", "gpt_oss", "deepseek_v3"]  # checkpoints of several forms
+
+
+def experts_of(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, FourBitExperts)}
+
+
+@pytest.fixture(params=EXPERTS)
+def moe(request, tmp_path):
+    """A directory with a dense checkpoint of a tiny mixture of experts."""
+    base_model(request.param, torch.bfloat16).save_pretrained(tmp_path / "moe")
+    return tmp_path / "moe"
+
+
+@pytest.fixture
+def olmoe(tmp_path):
+    base_model("olmoe", torch.bfloat16).save_pretrained(tmp_path / "olmoe")
+    return tmp_path / "olmoe"
+
+
+FORMAT = dict(quant_type="fp4", blocksize=32, nested=False)
+
+
+@pytest.mark.parametrize("format", [{}, FORMAT], ids=["nf4", "fp4"])
+def test_experts_are_quantized_as_in_memory(format, moe):
+    model, plain = load(moe, FourBitConfig(**format)), load(moe)
+    in_memory = experts_of(quantize_experts(plain, **format))
+    assert in_memory.keys() == experts_of(model).keys() and in_memory
+    for name, experts in experts_of(model).items():
+        assert_same_state(experts.state_dict(), in_memory[name].state_dict())
+        assert set(experts.fourbit_weights) == set(projections(experts))
+        assert not any(getattr(experts, name).requires_grad for name in projections(experts))
+    stay_dense = [".gate.", ".router.", "norm", "embed", "lm_head", "bias"]
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in stay_dense):
+            assert torch.equal(parameter, plain.get_parameter(name)), name
+    logits = model(IDS).logits
+    expected = dequantized(model)(IDS).logits
+    assert (logits - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("format", [{}, FORMAT], ids=["nf4", "fp4"])
+def test_experts_come_back_from_a_4bit_checkpoint(format, moe, tmp_path):
+    model = load(moe, FourBitConfig(**format))
+    model.save_pretrained(tmp_path / "saved", max_shard_size=20_000)
+    for config in (FourBitConfig(), None):
+        again = load(tmp_path / "saved", config)
+        assert_same_state(again.state_dict(), model.state_dict())
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+        assert again.config.quantization_config == model.config.quantization_config
+    again.save_pretrained(tmp_path / "again")
+    written = json.loads((tmp_path / "again/config.json").read_text())["quantization_config"]
+    assert written["quant_method"] == "peftfast_4bit" and "load_in_4bit" not in written
+    assert_same_state(load(tmp_path / "again").state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("first", ["transformers.modeling_utils", "peftfast"])
+def test_4bit_experts_load_wherever_peftfast_is_imported(first, olmoe, tmp_path):
+    load(olmoe, FourBitConfig()).save_pretrained(tmp_path / "saved")
+    program = (
+        f"import sys, {first}, peftfast; from transformers import AutoModelForCausalLM;"
+        "print(peftfast.report(AutoModelForCausalLM.from_pretrained(sys.argv[1])))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "saved"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "4-bit: 8 linear layers, 4 expert projections\n  dense: lm_head (bfloat16)\n" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "skip, stay_dense",
+    [
+        (["experts"], "mlp.experts"),
+        (["model.layers.1.mlp"], "layers.1.mlp.experts"),
+        (["experts.down_proj"], "experts.down_proj"),
+        (["down_proj"], "experts.down_proj"),
+    ],
+    ids=str,
+)
+def test_experts_to_skip(skip, stay_dense, olmoe, tmp_path):
+    model, plain = load(olmoe, FourBitConfig(skip_modules=skip)), load(olmoe)
+    for layer, module in plain.named_modules():
+        for name in projections(module) if is_experts(module) else ():
+            experts = model.get_submodule(layer)
+            is_dense = stay_dense in f"{layer}.{name}"
+            assert (name in getattr(experts, "fourbit_weights", ())) != is_dense
+            assert not is_dense or torch.equal(getattr(experts, name), getattr(module, name))
+    model.save_pretrained(tmp_path / "saved")
+    assert_same_state(load(tmp_path / "saved", FourBitConfig()).state_dict(), model.state_dict())
+    method = json.loads((tmp_path / "saved/config.json").read_text())["quantization_config"]["quant_method"]
+    assert (method == "peftfast_4bit") == bool(experts_of(model))
+
+
+def test_experts_that_bitsandbytes_left_dense_stay_so(moe, tmp_path):
+    theirs = load(moe, of_bitsandbytes())
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load(tmp_path / "theirs", FourBitConfig())
+    assert not experts_of(ours) and layers_of(ours)
+    assert_same_state(ours.state_dict(), theirs.state_dict())
+    said = peftfast.report(ours)
+    assert {name for name in said.dense if "experts" in name} == {
+        f"{layer}.{name}"
+        for layer, module in ours.named_modules()
+        if is_experts(module)
+        for name in projections(module)
+    }
+    assert "experts.gate_up_proj (bfloat16" in str(said)
+    ours.save_pretrained(tmp_path / "ours")
+    assert_same_state(load(tmp_path / "ours").state_dict(), theirs.state_dict())  # loaded by bitsandbytes
+
+
+def test_experts_whose_checkpoints_are_stacked_the_other_way_round(tmp_path):
+    """transformers transposes them where the shapes say so; experts in 4 bits are in the order of the model."""
+    config = Qwen3VLMoeConfig(
+        text_config=dict(
+            hidden_size=32, intermediate_size=32, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2,
+            num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16, vocab_size=64,
+        ),
+        vision_config=dict(
+            depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=32, patch_size=4,
+            num_position_embeddings=16, deepstack_visual_indexes=[0],
+        ),
+    )  # fmt: skip
+    kind = Qwen3VLMoeForConditionalGeneration
+    kind(config).save_pretrained(tmp_path / "dense")
+    theirs = kind.from_pretrained(tmp_path / "dense", quantization_config=of_bitsandbytes())
+    theirs.save_pretrained(tmp_path / "theirs")
+    for folder in ("dense", "theirs"):
+        state = load_file(tmp_path / folder / "model.safetensors")
+        turned = {
+            key: value.transpose(1, 2).contiguous() for key, value in state.items() if ".experts." in key
+        }
+        save_file(state | turned, tmp_path / folder / "model.safetensors", {"format": "pt"})
+    in_memory = quantize_experts(kind.from_pretrained(tmp_path / "dense"))
+    model = kind.from_pretrained(tmp_path / "dense", quantization_config=FourBitConfig())
+    model.save_pretrained(tmp_path / "saved")
+    again = kind.from_pretrained(tmp_path / "saved")
+    assert len(experts_of(in_memory)) == 2
+    for name, experts in experts_of(in_memory).items():
+        assert_same_state(experts_of(model)[name].state_dict(), experts.state_dict())
+        assert_same_state(experts_of(again)[name].state_dict(), experts.state_dict())
+    left_dense = kind.from_pretrained(tmp_path / "theirs", quantization_config=FourBitConfig())
+    assert_same_state(left_dense.state_dict(), theirs.state_dict())
+
+
+def test_experts_that_transformers_splits_over_two_modules(tmp_path):
+    """ernie4_5_vl_moe: the experts of a layer are those of text and those of images, of different sizes."""
+    config = Ernie4_5_VLMoeConfig(
+        text_config=dict(
+            hidden_size=32, intermediate_size=32, moe_intermediate_size=[24, 16], moe_num_experts=4, moe_k=2,
+            num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=64,
+            rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[3, 3, 2]),
+            mlp_layer_types=["dense", "sparse"],
+        ),
+        vision_config=dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, patch_size=4),
+    )  # fmt: skip
+    kind = Ernie4_5_VLMoeForConditionalGeneration
+    kind(config).save_pretrained(tmp_path / "dense")
+    model = kind.from_pretrained(tmp_path / "dense", quantization_config=FourBitConfig())
+    in_memory = experts_of(quantize_experts(kind.from_pretrained(tmp_path / "dense")))
+    assert len(in_memory) == 2
+    for name, experts in in_memory.items():
+        assert_same_state(experts_of(model)[name].state_dict(), experts.state_dict())
+    model.save_pretrained(tmp_path / "saved")
+    assert_same_state(kind.from_pretrained(tmp_path / "saved").state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}], ids=str)
+def test_device_maps_with_experts(device_map, olmoe):
+    model = load(olmoe, FourBitConfig(), device_map=device_map)
+    assert_same_state(model.state_dict(), load(olmoe, FourBitConfig()).state_dict())
+
+
+def test_adapters_on_experts_of_a_4bit_model(olmoe, tmp_path):
+    model = prepare_model_for_kbit_training(load(olmoe, FourBitConfig()), use_gradient_checkpointing=False)
+    bytes_before = {name: experts.state_dict() for name, experts in experts_of(model).items()}
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], target_parameters=BOTH))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    losses = []
+    for _ in range(6):
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        losses.append(loss.item())
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is not None) == ("lora_" in name), name
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.05
+    for name, experts in experts_of(model.base_model.model).items():
+        assert_same_state(experts.state_dict(), bytes_before[name.replace(".base_layer", "")])
+    model.save_pretrained(tmp_path / "adapter")
+    base = prepare_model_for_kbit_training(load(olmoe, FourBitConfig()), use_gradient_checkpointing=False)
+    again = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert torch.equal(again(IDS).logits, model.eval()(IDS).logits)
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "gpt_oss"])  # without biases and with
+def test_experts_compute_in_the_dtype_that_linear_layers_compute_in(kind, tmp_path):
+    base_model(kind, torch.bfloat16).save_pretrained(tmp_path / "dense")
+    config = FourBitConfig(compute_dtype=torch.float32)
+    exact, model = (load(tmp_path / "dense", which) for which in (config, FourBitConfig()))
+    exact.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved", config)
+    arguments = torch.randn(5, 64).bfloat16(), torch.tensor([[0, 2]] * 5), torch.rand(5, 2)
+    exact, again, model = (next(iter(experts_of(which).values())) for which in (exact, again, model))
+    results = [experts(*arguments) for experts in (exact, again, model)]
+    assert all(result.dtype == torch.bfloat16 for result in results) and torch.equal(*results[:2])
+    assert exact.fourbit_weight("down_proj").dtype == torch.bfloat16  # what dequantize gives is as before
+    become_dense(exact, torch.float32)
+    expected = exact.float()(arguments[0].float(), *arguments[1:])
+    error, rounded_more_often = (relative_error(result, expected.double()) for result in results[1:])
+    assert error < 2**-9 and rounded_more_often > 2 * error
+
+
+@pytest.mark.parametrize("options", [{}, dict(exclude_embeddings=True)], ids=str)
+def test_parameters_of_experts_are_counted(options, moe):
+    assert load(moe, FourBitConfig()).num_parameters(**options) == load(moe).num_parameters(**options)
+
+
+def test_dequantize_gives_dense_experts_back(moe, tmp_path):
+    model = load(moe, FourBitConfig(), dtype=torch.float32)
+    expected, values = model(IDS).logits, dequantized(model).state_dict()
+    plain = model.dequantize()
+    assert not experts_of(plain) and not layers_of(plain)
+    torch.testing.assert_close(plain(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+    plain.save_pretrained(tmp_path / "plain")
+    state = load(tmp_path / "plain", dtype=torch.float32).state_dict()
+    assert all(torch.equal(state[name], values[name]) for name in state if ".experts." in name)
+
+
 # ---- bad input -------------------------------------------------------------------------------------------
 
 LAYER = "model.layers.1.mlp.up_proj"
@@ -589,6 +865,60 @@ def test_a_dense_checkpoint_without_a_weight_is_refused(dense):
     save_file(state, dense / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=f"^{LAYER}.weight is missing"):
         load(dense, FourBitConfig())
+
+
+PROJECTION = "model.layers.1.mlp.experts.down_proj"
+
+
+def edit(path, change):
+    file = next(path.glob("*.safetensors"))
+    state = load_file(file)
+    change(state)
+    save_file(state, file, {"format": "pt"})
+
+
+def of_experts(state):
+    return [key for key in state if key.startswith("model.layers.1.mlp.experts") and ".down_proj" in key]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda state: [state.pop(key) for key in of_experts(state)], "is missing from the checkpoint"),
+        (lambda state: state[of_experts(state)[3]].fill_(float("nan")), "holds values that are not finite"),
+        (
+            lambda state: [state.update({key: torch.ones(64, 39)}) for key in of_experts(state)],
+            r"has shape \[8, 64, 39\], expected \[8, 64, 40\]",
+        ),
+    ],
+    ids=["missing", "not finite", "shape"],
+)
+def test_dense_experts_that_cannot_be_quantized_are_named(change, message, olmoe):
+    edit(olmoe, change)
+    with pytest.raises(ValueError, match=f"^{PROJECTION} {message}") as caught:
+        load(olmoe, FourBitConfig())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda state: state.pop(f"{PROJECTION}.absmax"), r"\.absmax is missing"),
+        (lambda state: state.pop(PROJECTION), " is missing"),
+        (
+            lambda state: state.update({PROJECTION: state[PROJECTION][:-1].clone()}),
+            ": packed has 10239 bytes, expected 10240",
+        ),
+        (lambda state: state.pop(f"{PROJECTION}.quant_state.bitsandbytes__nf4"), " is no 4-bit weight"),
+    ],
+    ids=["absmax", "packed", "short", "quant state"],
+)
+def test_broken_4bit_experts_are_named(change, message, olmoe, tmp_path):
+    load(olmoe, FourBitConfig()).save_pretrained(tmp_path / "saved")
+    edit(tmp_path / "saved", change)
+    with pytest.raises(ValueError, match=f"^{PROJECTION}{message}") as caught:
+        load(tmp_path / "saved", FourBitConfig())
+    assert "\n" not in str(caught.value)
 
 
 def test_a_bias_that_is_missing_starts_at_zero_as_in_a_dense_model(dense):

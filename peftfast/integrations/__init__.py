@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
+import torch
 from torch import nn
 
 from peftfast.integrations import forwards
 from peftfast.integrations.after_import import after_import
 from peftfast.integrations.forwards import FallbackError
+from peftfast.ops.lora import name_of
 
 __all__ = ["FallbackError", "LayerReport", "Report", "accelerate", "disable", "enable", "enabled", "report"]
 
@@ -29,9 +34,17 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What `peftfast.report` found: a sequence of `LayerReport`, printable as a table."""
+    """What `peftfast.report` found: a sequence of `LayerReport`, printable as a table.
+
+    Attributes:
+        fourbit: the weights in 4 bits: a "linear layer" or an "expert projection" by its name.
+        dense: of a model that has such, the linear layers and expert projections that are not in 4 bits, with their
+            dtypes. Embeddings, norms and routers are none of these.
+    """
 
     layers: list[LayerReport] = field(default_factory=list)
+    fourbit: dict[str, str] = field(default_factory=dict)
+    dense: dict[str, torch.dtype] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[LayerReport]:
         return iter(self.layers)
@@ -51,12 +64,28 @@ class Report:
         return f"peftfast: {fast} of {len(self.layers)} adapted or 4-bit layers on the fast path"
 
     def __str__(self) -> str:
-        """The summary, then each reason with the layers that it holds for."""
+        """The summary, what is in 4 bits and what is not, then each reason with the layers that it holds for."""
         by_reason: dict[str, list[LayerReport]] = {}
         for layer in self.layers:
             if not layer.fast:
                 by_reason.setdefault(f"{layer.kind}: {layer.reason}", []).append(layer)
         lines = [self.summary]
+        if self.fourbit:
+            counts = Counter(self.fourbit.values()).items()
+            lines.append(
+                "  4-bit: " + ", ".join(f"{count} {kind}{'s'[: count > 1]}" for kind, count in counts)
+            )
+        if self.dense:
+            alike: dict[tuple[str, torch.dtype], list[str]] = {}  # what is the same in every layer
+            for name, dtype in self.dense.items():
+                alike.setdefault((re.sub(r"\.\d+\.", ".*.", name), dtype), []).append(name)
+            entries = (
+                f"{names[0]} ({name_of(dtype)})"
+                if len(names) == 1
+                else f"{name} ({name_of(dtype)}, {len(names)} of them)"
+                for (name, dtype), names in alike.items()
+            )
+            lines.append("  dense: " + ", ".join(entries))
         for reason, layers in by_reason.items():
             lines.append(f"  {reason} ({len(layers)})")
             lines += [f"    {layer.name}" for layer in layers]
@@ -111,7 +140,8 @@ def accelerate(model: nn.Module, strict: bool = False) -> nn.Module:
 
 
 def report(model: nn.Module) -> Report:
-    """Which path each adapted layer and each 4-bit layer of bitsandbytes runs, as things stand, and why it falls back.
+    """Which path each adapted layer and each 4-bit layer of bitsandbytes runs, as things stand, and why it falls back;
+    and which weights are in 4 bits.
 
     A 4-bit layer under an adapter is an entry of its own only where the two do not run as one. What only shows with
     an input (its dtype, say) is known once the layer has run.
@@ -120,21 +150,78 @@ def report(model: nn.Module) -> Report:
     for name, layer, library in _layers(model):
         if layer in fused_with_adapter:
             continue
-        on, _ = forwards.in_force(layer)
+        on = _is_always_on(layer) or forwards.in_force(layer)[0]
         reason = library.why_not(layer) if on else "peftfast is not enabled"
         found.append(LayerReport(name, f"{library.NAME}.{type(layer).__name__}", reason is None, reason))
         if reason is None:
             fused_with_adapter.add(getattr(layer, "base_layer", None))
-    return Report(found)
+    return Report(found, *_weights(model))
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModuleType]]:
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModuleType | SimpleNamespace]]:
     """Name, layer and the integration that knows it, of all layers that might be fused, adapters before their bases."""
     libraries = forwards.libraries()
     for name, layer in model.named_modules():
+        if _is_of_tuners(layer):
+            yield name, layer, SimpleNamespace(NAME="peftfast", why_not=_why_not)
+            continue
         for library in libraries:
             if isinstance(layer, library.LAYER):
                 yield name, layer, library
+
+
+def _is_of_tuners(layer: nn.Module) -> bool:
+    """Whether it is an adapted layer of a method of peftfast's own."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(layer, BaseTunerLayer) and type(layer).__module__.startswith("peftfast.tuners.")
+
+
+def _is_always_on(layer: nn.Module) -> bool:
+    """Whether the layer's own forward is the fast path: there is none but peftfast's."""
+    from peftfast.integrations.expert_adapters import ParamWrapper
+
+    return isinstance(layer, ParamWrapper) or _is_of_tuners(layer)
+
+
+def _why_not(layer: nn.Module) -> str | None:
+    """Of a layer of peftfast's own method; some can say why they run in plain torch."""
+    if layer.disable_adapters:
+        return "its adapters are disabled, the base layer runs alone"
+    if layer.merged:
+        return "its adapters are merged into the base weight"
+    return layer.why_not() if hasattr(layer, "why_not") else None
+
+
+def _weights(model: nn.Module) -> tuple[dict[str, str], dict[str, torch.dtype]]:
+    """`fourbit` and `dense` of the report."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers.pytorch_utils import Conv1D
+
+    from peftfast.integrations import experts
+    from peftfast.nn import Linear4bit
+
+    of_bitsandbytes = [library.LAYER for library in forwards.libraries() if library.NAME == "bitsandbytes"]
+    fourbit, dense, adapters = {}, {}, set()
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            adapters.update(
+                part for child, part in module.named_modules() if not child.startswith("base_layer")
+            )
+        if module in adapters:
+            continue
+        name = name.replace(".base_layer", "")
+        if isinstance(module, (Linear4bit, *of_bitsandbytes)):
+            fourbit[name] = "linear layer"
+        elif type(module) is nn.Linear or isinstance(module, Conv1D):
+            dense[name] = module.weight.dtype
+        elif experts.is_experts(module) or isinstance(module, experts.FourBitExperts):
+            for projection in experts.projections(module):
+                if projection in getattr(module, "fourbit_weights", ()):
+                    fourbit[f"{name}.{projection}"] = "expert projection"
+                else:
+                    dense[f"{name}.{projection}"] = getattr(module, projection).dtype
+    return (fourbit, dense) if fourbit else ({}, {})
 
 
 def _teach_peft(model: ModuleType) -> None:
@@ -152,3 +239,7 @@ def _teach_peft(model: ModuleType) -> None:
 
 
 after_import("peft.tuners.lora.model", _teach_peft)
+# So that a checkpoint with experts in 4 bits, whose configuration is peftfast's own, loads without more.
+after_import(
+    "transformers.modeling_utils", lambda _: importlib.import_module("peftfast.integrations.transformers")
+)

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
+from peftfast.integrations import forwards
 from peftfast.nn.fourbit import ENTRIES, pack_state, unpack_state
 from peftfast.nn.moe import Routing, moe_combine
 from peftfast.ops import FourBitWeight, fourbit_dequantize, fourbit_quantize
-from peftfast.ops.lora import DTYPES, KERNEL_DEVICES
+from peftfast.ops.lora import DTYPES, KERNEL_DEVICES, name_of
 
 NAME = "peftfast"
 
@@ -60,7 +61,12 @@ def call(
     top_k_weights: Tensor,
     adapters: dict[str, Adapter],
 ) -> Tensor:
-    """The experts with `adapters` on their projections, by the name of the parameter."""
+    """The experts with `adapters` on their projections, by the name of the parameter.
+
+    Raises:
+        ValueError: the routing has a wrong shape or a weight that is not a number; the message names the layer.
+    """
+    _check_routing(experts, hidden_states, top_k_index, top_k_weights)
     routing = Routing(top_k_index, experts.num_experts)
     up, down = projections(experts)
     with torch.autocast(
@@ -75,11 +81,32 @@ def call(
         return moe_combine(hidden, routing.weights(top_k_weights), routing.places).to(hidden_states.dtype)
 
 
+def _check_routing(experts: nn.Module, hidden_states: Tensor, index: Tensor, weights: Tensor) -> None:
+    wrong = None
+    if index.dim() != 2 or index.shape[0] != hidden_states.shape[0] or index.dtype != torch.int64:
+        wrong = (
+            f"top_k_index is {name_of(index.dtype)} in {list(index.shape)}, expected int64 in [tokens, top_k]"
+        )
+    elif weights.shape != index.shape:
+        wrong = f"top_k_weights has shape {list(weights.shape)}, expected that of top_k_index, {list(index.shape)}"
+    elif not torch.compiler.is_compiling() and index.numel():
+        least, most = index.aminmax()
+        elsewhere = getattr(experts, "_is_expert_parallel", False)
+        if least < 0 or (most >= experts.num_experts and not elsewhere):
+            wrong = f"top_k_index holds {int(least)} to {int(most)}, there are {experts.num_experts} experts"
+        elif not weights.isfinite().all():
+            wrong = "top_k_weights holds values that are not finite"
+    if wrong:
+        raise ValueError(f"Experts {forwards.name_of(experts, NAME)}: {wrong}.")
+
+
 def _project(
     experts: nn.Module, name: str, x: Tensor, routing: Routing, adapters: dict[str, Adapter], gather: bool = False
 ) -> Tensor:  # fmt: skip
     adapter = adapters.get(name)
     bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
+    if bias is not None and bias.dtype is not x.dtype:
+        bias = bias.float()  # exact, and fits every x
     lora = (adapter.A, adapter.B, adapter.scaling) if adapter else (None, None, 1.0)
     slots = None if adapter is None else routing.experts if adapter.slots is None else adapter.slots
     return routing.linear(
@@ -89,8 +116,11 @@ def _project(
 
 
 def weight_of(experts: nn.Module, name: str) -> Tensor | FourBitWeight:
-    """The weights of a projection: the parameter, or what it holds in 4 bits."""
-    return experts.fourbit_weight(name) if name in _quantized(experts) else getattr(experts, name)
+    """The weights of a projection, the parameter or what it holds in 4 bits; their dtype is that of the products."""
+    if name not in _quantized(experts):
+        return getattr(experts, name)
+    weight = experts.fourbit_weight(name)
+    return weight if experts.compute_dtype is None else replace(weight, dtype=experts.compute_dtype)
 
 
 def _quantized(experts: nn.Module) -> Iterable[str]:
@@ -137,9 +167,11 @@ class FourBitExperts(nn.Module):
 
     Attributes:
         fourbit_weights: the quantized projections, by the name of their parameter.
+        compute_dtype: of the products; None: that which the weights had before they were quantized.
     """
 
     fourbit_weights: dict[str, FourBitWeight]
+    compute_dtype: torch.dtype | None = None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return call(self, hidden_states, top_k_index, top_k_weights, {})
@@ -166,9 +198,10 @@ class FourBitExperts(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in self.fourbit_weights:
-            for entry, value in pack_state(self.fourbit_weight(name)).items():
-                destination[f"{prefix}{name}{entry}"] = value
+        for name in projections(self):  # in this order, whichever was quantized first
+            if name in self.fourbit_weights:
+                for entry, value in pack_state(self.fourbit_weight(name)).items():
+                    destination[f"{prefix}{name}{entry}"] = value
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -201,6 +234,25 @@ def _fourbit_class(kind: type[nn.Module]) -> type[FourBitExperts]:
     return type(kind.__name__, (FourBitExperts, kind), {"__module__": kind.__module__})
 
 
+def become_fourbit(experts: nn.Module, compute_dtype: torch.dtype | None = None) -> None:
+    """Makes a module of experts one whose projections can be in 4 bits, none of which is yet."""
+    experts.__class__ = _fourbit_class(type(experts))
+    experts.fourbit_weights = {}
+    experts.compute_dtype = compute_dtype
+
+
+def become_dense(experts: FourBitExperts, dtype: torch.dtype | None = None) -> None:
+    """Puts dense parameters in the place of those in 4 bits; `dtype` None: as before they were quantized."""
+    dense = {
+        name: fourbit_dequantize(experts.fourbit_weight(name), dtype) for name in experts.fourbit_weights
+    }
+    for attribute in ("fourbit_weights", "compute_dtype"):
+        experts.__dict__.pop(attribute, None)
+    experts.__class__ = type(experts).__mro__[2]
+    for name, weight in dense.items():
+        setattr(experts, name, nn.Parameter(weight, requires_grad=False))
+
+
 def _restored(kind: type[nn.Module], state: dict) -> nn.Module:
     experts = kind.__new__(_fourbit_class(kind))
     experts.__setstate__(state)
@@ -213,7 +265,8 @@ def quantize_experts(
     """Quantizes the fused experts within `model` to 4 bits, one projection after the other, in place.
 
     bitsandbytes and transformers leave them as they are. Works for every class of experts that transformers dispatches;
-    they then run on the grouped operator whatever the model's experts implementation.
+    they then run on the grouped operator whatever the model's experts implementation. `save_pretrained` cannot write
+    them: a model that was loaded with `peftfast.FourBitConfig`, which quantizes experts too, it can.
 
     Args:
         quant_type, blocksize, nested: as in `peftfast.ops.fourbit_quantize`.
@@ -226,8 +279,7 @@ def quantize_experts(
     if not found:
         raise ValueError("model has no experts that could be quantized.")
     for name, module in found:
-        module.__class__ = _fourbit_class(type(module))
-        module.fourbit_weights = {}
+        become_fourbit(module)
         for projection in projections(module):
             try:
                 quantized = fourbit_quantize(

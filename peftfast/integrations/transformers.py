@@ -7,6 +7,7 @@ its place: checkpoints and configurations of bitsandbytes' 4-bit kind then load 
 from __future__ import annotations
 
 import importlib.util
+import math
 from copy import copy
 from dataclasses import dataclass, field
 
@@ -25,7 +26,15 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from peftfast.integrations.experts import (
+    FourBitExperts,
+    become_dense,
+    become_fourbit,
+    is_experts,
+    projections,
+)
 from peftfast.nn.fourbit import ENTRIES, Linear4bit, check_format, unpack_state
+from peftfast.ops import fourbit_quantize
 from peftfast.ops.lora import name_of
 
 METHOD = "peftfast_4bit"
@@ -34,13 +43,15 @@ METHOD = "peftfast_4bit"
 @register_quantization_config(METHOD)
 @dataclass
 class FourBitConfig(QuantizationConfigMixin):
-    """Loads a model with its linear layers in 4 bits, or a model that bitsandbytes saved so, without bitsandbytes.
+    """Loads a model with its linear layers and experts in 4 bits, or one that bitsandbytes saved, without bitsandbytes.
 
         AutoModelForCausalLM.from_pretrained(name, quantization_config=peftfast.FourBitConfig())
 
-    A dense checkpoint is quantized while it loads, tensor by tensor. Of one that is in 4 bits already, the bytes stay
-    as they are, and of this configuration only `compute_dtype` is used. What `save_pretrained` writes, bitsandbytes
-    reads.
+    A dense checkpoint is quantized while it loads, tensor by tensor; experts after transformers has stacked those of a
+    projection. Of one that is in 4 bits already, the bytes stay as they are, and of this configuration only
+    `compute_dtype` is used; experts that bitsandbytes left dense stay dense. What `save_pretrained` writes,
+    bitsandbytes reads, unless there are experts in 4 bits, which it has no form for: they are written stacked, and
+    config.json then asks for this configuration.
 
     Args:
         quant_type: "nf4" or "fp4".
@@ -48,8 +59,9 @@ class FourBitConfig(QuantizationConfigMixin):
         nested: the scales are quantized too, to 8 bits ("double quantization").
         compute_dtype: of the products; None: that which the checkpoint names, else the model's. A float32 in a
             checkpoint names nothing: it is what bitsandbytes writes when nobody chose.
-        skip_modules: names of modules that stay dense, as in transformers' BitsAndBytesConfig. None: the output
-            embeddings. What shares its weight with the embeddings stays dense in any case.
+        skip_modules: names of modules that stay dense, as in transformers' BitsAndBytesConfig, or of projections of
+            experts ("experts.down_proj"). None: the output embeddings. What shares its weight with the embeddings
+            stays dense in any case.
     Raises:
         TypeError, ValueError: an argument is not usable; the message names it.
     """
@@ -61,6 +73,8 @@ class FourBitConfig(QuantizationConfigMixin):
     skip_modules: list[str] | None = None
 
     quant_method: str = field(default=METHOD, init=False, repr=False)
+    # Whether the model has experts in 4 bits; found out while it loads.
+    has_experts: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.compute_dtype, str):
@@ -72,11 +86,12 @@ class FourBitConfig(QuantizationConfigMixin):
             raise TypeError(f"skip_modules must be None or a list of names, got {self.skip_modules!r}.")
 
     def to_dict(self) -> dict:
-        """What config.json says of it: a configuration of bitsandbytes', and the block size, which it reads nowhere."""
-        return {
-            "quant_method": "bitsandbytes",
-            "load_in_4bit": True,
-            "load_in_8bit": False,
+        """What config.json says of it: a configuration of bitsandbytes', and the block size, which it reads nowhere.
+
+        With experts in 4 bits the same under another name: bitsandbytes could not load them.
+        """
+        theirs = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}
+        return ({"quant_method": METHOD} if self.has_experts else theirs) | {
             "bnb_4bit_quant_type": self.quant_type,
             "bnb_4bit_blocksize": self.blocksize,
             "bnb_4bit_use_double_quant": self.nested,
@@ -87,12 +102,12 @@ class FourBitConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs):
-        """Of a configuration in bitsandbytes' form, such as `to_dict` gives.
+        """Of what `to_dict` gives, or a configuration of bitsandbytes'.
 
         Raises:
             ValueError: it is of another kind; the message says of which.
         """
-        if not config_dict.get("load_in_4bit"):
+        if not config_dict.get("load_in_4bit") and config_dict.get("quant_method") != METHOD:
             kind = "8 bits" if config_dict.get("load_in_8bit") else config_dict.get("quant_method")
             raise ValueError(
                 f"FourBitConfig reads bitsandbytes' 4-bit checkpoints, but this one is in {kind}."
@@ -110,7 +125,7 @@ class FourBitConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class FourBitHfQuantizer(HfQuantizer):
-    """Puts `Linear4bit` in the place of linear layers while transformers loads a model."""
+    """Puts linear layers and experts into 4 bits while transformers loads a model."""
 
     def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs) -> None:
         if isinstance(quantization_config, FourBitConfig):
@@ -122,6 +137,8 @@ class FourBitHfQuantizer(HfQuantizer):
         self.error: Exception | None = None
         # Layers whose dense weights are Conv1D's, [in_features, out_features].
         self.transposed: set[Linear4bit] = set()
+        # The parameters of experts to quantize, with their shapes.
+        self.experts: dict[str, torch.Size] = {}
 
     is_trainable = True
 
@@ -139,7 +156,7 @@ class FourBitHfQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
         module, name = get_module_from_name(model, param_name)
-        return isinstance(module, Linear4bit) and name == "weight"
+        return (isinstance(module, Linear4bit) and name == "weight") or param_name in self.experts
 
     def _process_model_before_weight_loading(self, model, **kwargs) -> None:
         config = self.quantization_config
@@ -151,6 +168,15 @@ class FourBitHfQuantizer(HfQuantizer):
             config.skip_modules = sorted({*config.skip_modules, *shared})
         skip = self.get_modules_to_not_convert(model, config.skip_modules, model._keep_in_fp32_modules)
         for name, module in list(model.named_modules()):
+            if is_experts(module) and not self.pre_quantized:
+                shapes = {f"{name}.{part}": getattr(module, part).shape for part in projections(module)}
+                self.experts |= {
+                    part: shape
+                    for part, shape in shapes.items()
+                    if should_convert_module(name, skip) and should_convert_module(part, skip)
+                }
+                if not shapes.keys().isdisjoint(self.experts):
+                    become_fourbit(module, config.compute_dtype)
             if not (type(module) is nn.Linear or isinstance(module, Conv1D)):
                 continue
             if should_convert_module(name, skip):
@@ -170,14 +196,14 @@ class FourBitHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         if self.error is not None:
             raise self.error
+        for name in self.experts:
+            experts, projection = get_module_from_name(model, name)
+            if projection not in experts.fourbit_weights:
+                raise ValueError(f"{name} is missing from the checkpoint.")
         self.transposed.clear()
-        # Saving is no loading in reverse: the layers write their entries themselves.
-        model._weight_conversions = [
-            conversion
-            for conversion in model._weight_conversions
-            if not any(isinstance(operation, _Fill) for operation in getattr(conversion, "operations", ()))
-        ]
+        self.experts.clear()
         config = self.quantization_config
+        stacked = []
         for name, module in model.named_modules():
             if isinstance(module, Linear4bit):
                 if module.is_empty:
@@ -186,6 +212,22 @@ class FourBitHfQuantizer(HfQuantizer):
                     nn.init.zeros_(module.bias)  # as transformers does where a bias is missing, and has told
                 config.quant_type, config.blocksize = module.quant_type, module.blocksize
                 config.nested = module.nested
+            elif isinstance(module, FourBitExperts):
+                stacked += [f"{name}.{projection}" for projection in module.fourbit_weights]
+                for weight in module.fourbit_weights.values():
+                    config.quant_type, config.blocksize = weight.quant_type, weight.blocksize
+                    config.nested = weight.nested is not None
+        config.has_experts = bool(stacked)
+        # Saving is no loading in reverse: the layers write their entries themselves, and experts stay stacked.
+        model._weight_conversions = [
+            conversion
+            for conversion in model._weight_conversions
+            if not any(isinstance(operation, _Fill) for operation in getattr(conversion, "operations", ()))
+            and not (
+                isinstance(conversion, WeightConverter)
+                and any(target in name for target in conversion.target_patterns for name in stacked)
+            )
+        ]
         model.is_loaded_in_4bit = True
         return model
 
@@ -198,6 +240,26 @@ class FourBitHfQuantizer(HfQuantizer):
         ]  # the shortest last: the first that fits is taken
         return [WeightConverter(names, "weight", [_Deserialize(self)])] if self.pre_quantized else []
 
+    def update_weight_conversions(self, weight_conversions: list, model) -> list:
+        if not self.pre_quantized:
+            return weight_conversions
+        names = [
+            f"{name}.{projection}"
+            for name, module in model.named_modules()
+            if is_experts(module)
+            for projection in projections(module)
+        ]
+        # Before the model's own, which may fit the entries too; what those do to dense experts is done here then.
+        stacked = {}
+        for name in names:
+            place = "".join(rf"\.{part}" for part in name.split(".")[-2:])
+            own = (c.operations for c in weight_conversions if _fits(c, name))
+            operation = _DeserializeExperts(self, place, next(own, []))
+            stacked[place] = WeightConverter(
+                [place + entry for entry in reversed(ENTRIES)], place, [operation]
+            )
+        return [*stacked.values(), *weight_conversions, *self.get_weight_conversions()]
+
     def _dequantize(self, model, dtype: torch.dtype | None = None):
         for name, module in list(model.named_modules()):
             if isinstance(module, Linear4bit):
@@ -206,8 +268,14 @@ class FourBitHfQuantizer(HfQuantizer):
                 layer.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
                 layer.bias = module.bias
                 model.set_submodule(name, layer.train(module.training))
+            elif isinstance(module, FourBitExperts):
+                become_dense(module, dtype)
         model.is_loaded_in_4bit = False
         return model
+
+
+def _fits(conversion, name: str) -> bool:
+    return isinstance(conversion, WeightConverter) and conversion.compiled_sources.search(name) is not None
 
 
 class _Fill(ConversionOps):
@@ -236,12 +304,36 @@ class _Fill(ConversionOps):
 
 
 class _Quantize(_Fill):
-    """A layer from its dense weight."""
+    """A layer, or a projection of experts, from its dense weight."""
 
-    def fill(self, model, layer: Linear4bit, state: dict, name: str) -> Tensor:
+    def convert(self, input_dict: dict, model=None, full_layer_name: str | None = None, **kwargs) -> dict:
+        if len(input_dict) == 1:
+            return super().convert(input_dict, model, full_layer_name)
+        results = dict(input_dict)  # of a conversion with several results
+        for name in input_dict:
+            if self.hf_quantizer.param_needs_quantization(model, name):
+                results |= super().convert({name: input_dict[name]}, model, name)
+        return results
+
+    def fill(self, model, layer: nn.Module, state: dict, name: str) -> Tensor:
         (dense,) = state.values()
+        if isinstance(layer, FourBitExperts):
+            return self._fill_experts(layer, dense, name)
         layer.assign(layer.quantize(dense.T if layer in self.hf_quantizer.transposed else dense, name))
         return layer.weight
+
+    def _fill_experts(self, experts: FourBitExperts, dense: Tensor, name: str) -> Tensor:
+        config, shape = self.hf_quantizer.quantization_config, self.hf_quantizer.experts[name]
+        if dense.shape != shape:
+            raise ValueError(f"{name} has shape {list(dense.shape)}, expected {list(shape)}.")
+        how = dict(quant_type=config.quant_type, blocksize=config.blocksize, nested=config.nested)
+        try:
+            quantized = fourbit_quantize(dense, **how)
+        except (TypeError, ValueError) as error:
+            raise type(error)(str(error).replace("weight", name, 1)) from None
+        projection = name.rpartition(".")[2]
+        experts.set_fourbit_weight(projection, quantized)
+        return getattr(experts, projection)
 
 
 class _Deserialize(_Fill):
@@ -258,11 +350,39 @@ class _Deserialize(_Fill):
             raise ValueError(
                 f"{name} is in 4 bits in the checkpoint, but dense in the model: see skip_modules."
             )
-        if any(part in name for part in model._get_dtype_plan(model.dtype)):  # what stays in float32
-            return state[""]
-        return state[""].to(
-            model.get_parameter_or_buffer(name).dtype
-        )  # transformers itself casts no weight that it brings here
+        return _cast(state[""], model, name)
+
+
+class _DeserializeExperts(_Fill):
+    """A projection of experts from its entries, or from dense weights, which stay dense after `operations`."""
+
+    def __init__(self, hf_quantizer: FourBitHfQuantizer, place: str, operations: list[ConversionOps]) -> None:
+        super().__init__(hf_quantizer)
+        self.place, self.operations = place, operations
+
+    def fill(self, model, experts: nn.Module, state: dict, name: str) -> Tensor:
+        if list(state) == [self.place]:
+            for operation in self.operations:
+                state = operation.convert(
+                    state, source_patterns=[self.place], target_patterns=[name], full_layer_name=name,
+                    model=model, config=model.config,
+                )  # fmt: skip
+            (dense,) = state.values()
+            return _cast(dense, model, name)
+        state = {key.removeprefix(self.place): value for key, value in state.items()}
+        projection = name.rpartition(".")[2]
+        quantized = unpack_state(state, tuple(getattr(experts, projection).shape), name)
+        if is_experts(experts):
+            become_fourbit(experts, self.hf_quantizer.quantization_config.compute_dtype)
+        experts.set_fourbit_weight(projection, quantized)
+        return getattr(experts, projection)
+
+
+def _cast(dense: Tensor, model, name: str) -> Tensor:
+    """transformers itself casts no weight that it brings to a deserialization."""
+    if any(part in name for part in model._get_dtype_plan(model.dtype)):  # what stays in float32
+        return dense
+    return dense.to(model.get_parameter_or_buffer(name).dtype)
 
 
 def _merge(
@@ -285,15 +405,18 @@ def _num_parameters(
     original=PreTrainedModel.num_parameters,
 ) -> int:
     """transformers imports bitsandbytes to know 4-bit weights, and would count each byte of ours as one parameter."""
-    layers = [module for module in self.modules() if isinstance(module, Linear4bit)]
-    if not layers:
+    weights = [module.quantized_weight for module in self.modules() if isinstance(module, Linear4bit)]
+    for module in self.modules():
+        if isinstance(module, FourBitExperts):
+            weights += map(module.fourbit_weight, module.fourbit_weights)
+    if not weights:
         return original(self, only_trainable, exclude_embeddings)
     marked, self.is_loaded_in_4bit = getattr(self, "is_loaded_in_4bit", False), False
     try:
         count = original(self, only_trainable, exclude_embeddings)
     finally:
         self.is_loaded_in_4bit = marked
-    hidden = sum(layer.in_features * layer.out_features - layer.weight.numel() for layer in layers)
+    hidden = sum(math.prod(weight.shape) - weight.packed.numel() for weight in weights)
     return count if only_trainable else count + hidden
 
 
