@@ -76,10 +76,12 @@ class Stack {
     if (slots_.empty()) return;
     thread_local Scratch scratch;
     float* out = scratch.floats(static_cast<int64_t>(slots_.size()) * lora_.rank * N_);
-    parallel_for(threads, static_cast<int64_t>(slots_.size()), [&](int64_t begin, int64_t end) {
-      if (lora_.dtype == DType::f32) transpose(static_cast<const float*>(lora_.B), begin, end, out);
-      if (lora_.dtype == DType::bf16) transpose(static_cast<const bf16*>(lora_.B), begin, end, out);
-      if (lora_.dtype == DType::f16) transpose(static_cast<const f16*>(lora_.B), begin, end, out);
+    parallel_for(threads, (N_ + transpose_rows - 1) / transpose_rows, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin * transpose_rows; n < std::min(end * transpose_rows, N_); n += transpose_rows) {
+        if (lora_.dtype == DType::f32) transpose(static_cast<const float*>(lora_.B), n, out);
+        if (lora_.dtype == DType::bf16) transpose(static_cast<const bf16*>(lora_.B), n, out);
+        if (lora_.dtype == DType::f16) transpose(static_cast<const f16*>(lora_.B), n, out);
+      }
     });
     B_ = out;
   }
@@ -88,13 +90,25 @@ class Stack {
   bool in_place() const { return lora_.dtype == DType::f32; }
   int64_t index(const Group& g, bool all) const { return g.slot < 0 ? 0 : all ? g.slot : place_[g.slot]; }
 
+  // So many rows of every B at a time: reads and writes then share cache lines in any order of storage.
+  static constexpr int64_t transpose_rows = 16;
+
   template <class T>
-  void transpose(const T* B, int64_t begin, int64_t end, float* out) const {
+  void transpose(const T* B, int64_t first, float* out) const {
     const auto [of_slot, of_n, of_rank] = lora_.B_strides;
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t n = 0; n < N_; ++n)
+    const int64_t last = std::min(first + transpose_rows, N_), slots = static_cast<int64_t>(slots_.size());
+    const auto move = [&](int64_t i, int64_t n, int64_t j) {
+      out[(i * lora_.rank + j) * N_ + n] = to_float(B[slots_[i] * of_slot + n * of_n + j * of_rank]);
+    };
+    if (of_slot < of_rank) {  // as PEFT stores that of experts
+      for (int64_t j = 0; j < lora_.rank; ++j)
+        for (int64_t n = first; n < last; ++n)
+          for (int64_t i = 0; i < slots; ++i) move(i, n, j);
+    } else {
+      for (int64_t i = 0; i < slots; ++i)
         for (int64_t j = 0; j < lora_.rank; ++j)
-          out[(i * lora_.rank + j) * N_ + n] = to_float(B[slots_[i] * of_slot + n * of_n + j * of_rank]);
+          for (int64_t n = first; n < last; ++n) move(i, n, j);
+    }
   }
 
   const LoraStack& lora_;

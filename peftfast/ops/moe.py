@@ -152,7 +152,7 @@ class _GroupedLinear(torch.autograd.Function):
         format, transposed, scaling, dropout, compute = ctx.settings
         gathered = x
         if rows is not None:
-            gathered = x.index_select(0, rows) if want_A else x[:1].expand(rows.numel(), -1)
+            gathered = _gather(x, rows, offsets, slots) if want_A else x[:1].expand(rows.numel(), -1)
         if want_x or want_A or want_B:
             # Gradients are recorded only for create_graph; then the operator's own autograd refuses in clear words.
             with (
@@ -170,6 +170,18 @@ class _GroupedLinear(torch.autograd.Function):
             inside = grad_y[offsets[0] : offsets[-1]].float()
             grads[3] = torch.zeros(bias.shape).index_add_(0, group, inside).to(bias.dtype)
         return tuple(grads)
+
+
+def _gather(x: Tensor, rows: Tensor, offsets: Tensor, slots: Tensor) -> Tensor:
+    """x[rows], where only the rows of groups with an adapter need be there."""
+    if torch.compiler.is_compiling() or bool((slots >= 0).all()):
+        return x.index_select(0, rows)
+    gathered, bounds = x.new_empty(rows.numel(), x.shape[1]), offsets.tolist()
+    with torch.no_grad():
+        for group in (slots >= 0).nonzero().view(-1).tolist():
+            part = slice(bounds[group], bounds[group + 1])
+            torch.index_select(x, 0, rows[part], out=gathered[part])
+    return gathered
 
 
 def _sum_rows(grad: Tensor, rows: Tensor, places: Tensor | None, count: int) -> Tensor:
