@@ -167,6 +167,8 @@ def contenders(point: Point, device: str) -> dict[str, Contender]:
         bits = 4.127 if "4-bit" in name else 8 * dtype.itemsize
         inputs = [x.detach().requires_grad_(), index, weights.detach().requires_grad_()]
         known = [*inputs, *base.parameters(), *layer.parameters()]
+        for weight in getattr(base, "fourbit_weights", {}).values():  # their scales
+            known += [weight.absmax, weight.nested.absmax, weight.nested.code, weight.nested.offset]
 
         def saved() -> int:
             with how():
