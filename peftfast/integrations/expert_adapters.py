@@ -77,7 +77,7 @@ def why_not_call(layer: Wrapper, *args, **kwargs) -> str | None:
     """None, or the reason why the operator cannot run, as the rest of "... cannot run on the fast path: "."""
     if len(args) != 3 or kwargs:
         return "its forward was given other arguments than hidden_states, top_k_index and top_k_weights"
-    hidden_states, top_k_index, top_k_weights = args
+    hidden_states, top_k_index, _ = args
     if not all(map(is_plain_tensor, args)) or hidden_states.dim() != 2 or top_k_index.dim() != 2:
         return f"its input is {type(hidden_states).__name__} of shape {list(hidden_states.shape)}"
     if top_k_index.dtype != torch.int64:
