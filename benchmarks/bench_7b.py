@@ -4,8 +4,9 @@ The architecture of Llama-2-7B, Qwen2.5-7B, Llama-3.1-8B or the mixture of exper
 transformers configuration with random weights. Each linear layer, each projection of experts is made in the model's
 dtype, quantized to 4 bits (NF4, nested scales) at once and dropped, so that the model never exists whole in 16 bits;
 embeddings, routers and lm_head stay dense. PEFT puts LoRA adapters (r = 16, dropout 0.05, fp32) on all linear layers
-but lm_head, and on all experts of a mixture (then without dropout, which PEFT refuses there). A step is one sequence
-of random tokens: forward, backward with every decoder layer checkpointed, AdamW.
+but lm_head, and on all experts of a mixture (then without dropout, which PEFT refuses there), or on a share of them
+(`peftfast.ExpertLoraConfig`). A step is one sequence of random tokens: forward, backward with every decoder layer
+checkpointed, AdamW.
 
 - "peftfast": on `peftfast.nn.Linear4bit`, under `peftfast.enabled()`. The frozen lm_head, to which PEFT adds nothing,
   runs on `peftfast.ops.lora_linear` without adapters.
@@ -17,7 +18,7 @@ Usage:
     python benchmarks/bench_7b.py                                              # Llama-2-7B; many minutes
     python benchmarks/bench_7b.py --model qwen2.5-7b llama-3.1-8b --tokens 512
     python benchmarks/bench_7b.py --layers 8 --tokens 512 --compare --dtype fp32
-    python benchmarks/bench_7b.py --model olmoe-1b-7b --tokens 512
+    python benchmarks/bench_7b.py --model olmoe-1b-7b --tokens 512 --expert-share 1 0.25
     python benchmarks/bench_7b.py --model tiny --steps 3                       # to see it work; seconds
 
 The dtype is that of activations, products, embeddings and lm_head. Each model has a process of its own. The peak of
@@ -55,6 +56,7 @@ from record import (
     machine_facts,
     measure,
     measure_ceilings,
+    point_text,
     positive,
     speed_bar,
     verdict,
@@ -65,7 +67,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, OlmoeConfig, PretrainedConfig, Qwen2Config
 
 import peftfast
-from peftfast.integrations.experts import is_experts, quantize_experts, weight_of
+from peftfast.integrations.experts import FourBitExperts, is_experts, projections, quantize_experts, weight_of
 from peftfast.nn import Linear4bit
 from peftfast.ops import fourbit_quantize, lora_linear
 
@@ -119,12 +121,15 @@ class Point:
     layers: int
     dtype: str
     tokens: int
+    expert_share: float | None = None  # of the experts of each layer, those with adapters
 
 
 # ---------------------------------------------------------------------------------------------- the model
 
 
-def build(config: PretrainedConfig, dtype: torch.dtype, device: str, stock: bool) -> nn.Module:
+def build(
+    config: PretrainedConfig, dtype: torch.dtype, device: str, stock: bool, expert_share: float | None
+) -> nn.Module:
     """The model in 4 bits with adapters, ready to train; on bitsandbytes' layers if `stock`."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -152,14 +157,19 @@ def build(config: PretrainedConfig, dtype: torch.dtype, device: str, stock: bool
     model.is_loaded_in_4bit = True  # As transformers tells PEFT.
     model.activation_checkpointing_enable()
     model.enable_input_require_grads()
-    if hasattr(config, "num_experts_per_tok"):
-        targets = dict(
-            target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-            target_parameters=["experts.gate_up_proj", "experts.down_proj"],
-        )
+    options = dict(r=RANK, lora_alpha=32, task_type="CAUSAL_LM")
+    if expert_share is None:
+        adapters = LoraConfig(target_modules="all-linear", lora_dropout=0.05, **options)
     else:
-        targets = dict(target_modules="all-linear", lora_dropout=0.05)
-    adapters = LoraConfig(r=RANK, lora_alpha=32, task_type="CAUSAL_LM", **targets)
+        options["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        if expert_share == 1:
+            parameters = ["experts.gate_up_proj", "experts.down_proj"]
+            adapters = LoraConfig(target_parameters=parameters, **options)
+        else:
+            chosen = list(range(round(expert_share * config.num_experts)))
+            layers = range(config.num_hidden_layers)
+            experts = {f"model.layers.{layer}.mlp.experts": chosen for layer in layers}
+            adapters = peftfast.ExpertLoraConfig(experts=experts, **options)
     return get_peft_model(model, adapters).train()
 
 
@@ -196,19 +206,23 @@ def trainer(model: nn.Module, device: str) -> Callable[[int], Callable[[], None]
     return step_on
 
 
-def least_flops(model: nn.Module, tokens: int) -> int:
-    """Of the linear layers in one step; a multiply-add counts 2."""
+def least_flops(model: nn.Module, tokens: int, expert_share: float | None) -> int:
+    """Of the linear layers in one step; a multiply-add counts 2. Tokens are taken to go to all experts alike."""
     head = model.get_base_model().get_output_embeddings()
     flops = 2 * 2 * tokens * head.in_features * head.out_features
-    for layer in model.modules():
-        if isinstance(layer, ParamWrapper):
-            _, N, K = weight_of(layer.get_base_layer(), layer.parameter_name).shape
-            rows = tokens * model.config.num_experts_per_tok
-        elif isinstance(layer, LoraLayer):
-            K, N, rows = layer.in_features, layer.out_features, tokens
-        else:
-            continue
-        flops += 3 * 2 * rows * K * N + 4 * 2 * rows * RANK * (K + N)
+    adapted = [
+        (layer.in_features, layer.out_features, 1.0)
+        for layer in model.modules()
+        if isinstance(layer, LoraLayer) and not isinstance(layer, ParamWrapper)
+    ]
+    for experts in model.modules():
+        if isinstance(experts, FourBitExperts):
+            for name in projections(experts):
+                _, N, K = weight_of(experts, name).shape
+                adapted.append((K, N, model.config.num_experts_per_tok))
+    for K, N, times in adapted:
+        rows, adapters = int(tokens * times), expert_share if times > 1 else 1
+        flops += 3 * 2 * rows * K * N + int(adapters * 4 * 2 * rows * RANK * (K + N))
     return flops
 
 
@@ -216,14 +230,14 @@ def least_flops(model: nn.Module, tokens: int) -> int:
 
 
 def run_model(
-    options: argparse.Namespace, name: str, dtype: str, ceilings: dict[str, Any]
+    options: argparse.Namespace, name: str, dtype: str, expert_share: float | None, ceilings: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """The rows of one model, in ascending order of the lengths."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT's use of it.
     torch.manual_seed(0)
     config = CONFIGS[name](**({"num_hidden_layers": options.layers} if options.layers else {}))
     begin = time.perf_counter()
-    model = build(config, DTYPES[dtype], options.device, stock=options.compare)
+    model = build(config, DTYPES[dtype], options.device, options.compare, expert_share)
     built = {
         "build_seconds": round(time.perf_counter() - begin, 1),
         "rss_after_build": psutil.Process().memory_info().rss,
@@ -234,13 +248,18 @@ def run_model(
     weights = sum(parameter.nbytes for parameter in model.parameters())
     rows = []
     for tokens in sorted(options.tokens):
-        work = dict(flops=least_flops(model, tokens), bytes_moved=3 * weights, shrunk=step_on, rows=tokens)
+        work = dict(
+            flops=least_flops(model, tokens, expert_share),
+            bytes_moved=3 * weights,
+            shrunk=step_on,
+            rows=tokens,
+        )
         contenders = {
             "peftfast": Contender(step_on(tokens), **work, ours=True, context=partial(fused, model))
         }
         if options.compare:
             contenders = {"bitsandbytes": Contender(step_on(tokens), **work)} | contenders
-        point = Point(name, config.num_hidden_layers, dtype, tokens)
+        point = Point(name, config.num_hidden_layers, dtype, tokens, expert_share)
         with STDERR.status(f"{name}, {tokens} tokens"):
             row = measure(
                 asdict(point),
@@ -280,7 +299,7 @@ def acceptance(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     long = [row for row in rows if row["point"]["tokens"] == 512 and row["point"]["model"] != "tiny"]
     slices = [row for row in long if row["point"]["layers"] == 8 and "bitsandbytes" in row["implementations"]]
     whole = {  # Only here is the memory that of one whole model.
-        f"{point['model']} {point['dtype']}": row["implementations"]["peftfast"]
+        point_text(point | {"tokens": None, "layers": None}): row["implementations"]["peftfast"]
         for row in long
         if "peak_rss" in row["implementations"]["peftfast"]
         and (point := row["point"])["layers"] == CONFIGS[point["model"]]().num_hidden_layers
@@ -305,6 +324,14 @@ def acceptance(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
 # ------------------------------------------------------------------------------------------ command line
 
 
+def share_of_all(text: str) -> float:
+    """An argument above 0 and up to 1."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and up to 1")
+    return value
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -313,6 +340,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--model", nargs="+", choices=CONFIGS, default=["llama-2-7b"])
     add("--tokens", nargs="+", type=positive, default=[64, 512], help="lengths of the sequence")
     add("--dtype", nargs="+", choices=DTYPES, default=["bf16"], help="of all that is not in 4 bits")
+    add(
+        "--expert-share",
+        nargs="+",
+        type=share_of_all,
+        default=[1.0],
+        help="of the experts, those with adapters",
+    )
     add("--layers", type=positive, metavar="N", help="only the first N decoder layers")
     add("--steps", type=positive, default=1, metavar="N", help="timed steps, after one to warm up")
     add("--compare", action="store_true", help="in turn with PEFT + bitsandbytes")
@@ -338,8 +372,9 @@ def main() -> None:
         STDERR.print(fact, highlight=False)
     for name in options.model:
         for dtype in options.dtype:
-            record.rows += in_own_process(run_model, options, name, dtype, record.ceilings)
-            record.save(path)
+            for share in options.expert_share if hasattr(CONFIGS[name](), "num_experts_per_tok") else [None]:
+                record.rows += in_own_process(run_model, options, name, dtype, share, record.ceilings)
+                record.save(path)
     if options.device == "cpu":
         record.acceptance = acceptance(record.rows)
     record.save(path)
