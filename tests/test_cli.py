@@ -1,6 +1,8 @@
 """`peftfast train`: real runs on a tiny random Llama, and every way to be refused."""
 
+import importlib.util
 import json
+import math
 import subprocess
 import sys
 
@@ -15,13 +17,19 @@ from transformers import (
     BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
-from peftfast import FourBitConfig, report
+from peftfast import ExpertProfile, FourBitConfig, report
 from peftfast.cli import data, main
 from peftfast.cli.answer import answer
 from peftfast.cli.errors import UserError
-from peftfast.cli.train import ANSWERS_FILE, RESULT_FILE, TrainSettings, train
+from peftfast.cli.load import describe, expert_load
+from peftfast.cli.settings import TrainSettings
+from peftfast.cli.train import ANSWERS_FILE, PROFILE_FILE, RESULT_FILE, train
 from peftfast.demo.pretrain import build_tokenizer
 from peftfast.nn import Linear4bit
 
@@ -433,9 +441,31 @@ def test_bad_data_is_refused(model_folder, tmp_path, capsys, content, message):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--method", "magic", "--method is one of lora, qlora, not 'magic'"),
+        ("--method", "magic", "--method is one of lora, qlora, mixture, not 'magic'"),
         ("--backend", "jax", "--backend is one of peftfast, peft, not 'jax'"),
         ("--dtype", "int3", "--dtype is one of fp32, bf16, not 'int3'"),
+        ("--experts", "some", "--experts is all, none, or profile: and a share in (0, 1]"),
+        ("--experts", "profile:0", "--experts is all, none, or profile: and a share in (0, 1]"),
+        ("--experts", "profile:1.5", "--experts is all, none, or profile: and a share in (0, 1]"),
+        ("--experts", "profile:nan", "--experts is all, none, or profile: and a share in (0, 1]"),
+        ("--experts", "0.5", "--experts is all, none, or profile: and a share in (0, 1]"),
+        ("--experts", "all", "--experts all: the model has no experts that transformers dispatches."),
+        (
+            "--experts",
+            "profile:0.5",
+            "PEFT has no such adapters: --experts profile:0.5 goes with --backend peftfast",
+        ),
+        ("--method", "mixture", "PEFT has no such adapters: --method mixture goes with --backend peftfast"),
+        ("--router", "on", "--router is one of freeze, train, not 'on'"),
+        ("--router", "train", "--router train: a LlamaForCausalLM has no routers"),
+        ("--router-aux-loss-coef", "-1", "--router-aux-loss-coef is a number of at least 0, not -1.0"),
+        (
+            "--router-aux-loss-coef",
+            "0.1",
+            "--router-aux-loss-coef: a LlamaForCausalLM of transformers computes no",
+        ),
+        ("--mixture-experts", "4", "--mixture-experts goes with --method mixture, not with --method lora"),
+        ("--mixture-top-k", "4", "--mixture-top-k goes with --method mixture, not with --method lora"),
         ("--lora-r", "0", "--lora-r is at least 1, not 0"),
         ("--lora-r", "many", "--lora-r"),
         ("--lora-alpha", "-1", "--lora-alpha is a positive number"),
@@ -557,3 +587,316 @@ def test_help_is_quick():
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "--lora-r" in output
     assert output.splitlines()[-1] == "[]"
+
+
+# ---- mixtures of experts ----------------------------------------------------------------------------------
+
+
+def save_moe(folder, config_class, model_class, tokenizer, **options):
+    torch.manual_seed(0)
+    config = config_class(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        moe_intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        router_aux_loss_coef=0.05,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        **options,
+    )
+    model_class(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def moe_folder(tmp_path_factory, tokenizer):
+    """Two layers of four experts, two to a token."""
+    return save_moe(
+        tmp_path_factory.mktemp("moe"), Qwen3MoeConfig, Qwen3MoeForCausalLM, tokenizer, head_dim=16
+    )
+
+
+def train_moe(folder, pairs, out, **options):
+    options = dict(max_steps=4, learning_rate=1e-2, eval_file=pairs, micro_batch_size=4) | options
+    return train(TrainSettings(model=str(folder), data=pairs, out=out, **options))
+
+
+# In a layer: r = 16 times inputs plus outputs of q, k, v, o (32 and 32), and of four experts' gate_up (32 and 48) and
+# down (24 and 32).
+ATTENTION, EXPERT = 16 * 4 * 64, 16 * (80 + 56)
+
+
+def assert_reloads(folder, out, quantization_config=None, dtype=torch.float32):
+    """Assert that the adapter, loaded by PEFT alone, gives the answers that training ended with."""
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=quantization_config)
+    model = PeftModel.from_pretrained(base, out)
+    lines = [json.loads(line) for line in (out / ANSWERS_FILE).read_text().splitlines()]
+    prompts = [line["prompt"] for line in lines]
+    answers = answer(model, AutoTokenizer.from_pretrained(out), prompts, max_new_tokens=3)
+    assert answers == [line["answer"] for line in lines]
+    return model
+
+
+@pytest.mark.parametrize("router", ["freeze", "train"])
+@pytest.mark.parametrize("backend", ["peft", "peftfast"])
+def test_experts_have_adapters_that_plain_peft_loads(moe_folder, pairs, tmp_path, backend, router):
+    result = train_moe(moe_folder, pairs, tmp_path / "out", backend=backend, router=router)
+    assert result.experts == "all"
+    assert result.router_aux_loss_coef == 0.05
+    assert result.trainable_parameters == 2 * (ATTENTION + 4 * EXPERT + (router == "train") * 4 * 32)
+    assert result.after.loss < result.before.loss
+    if backend == "peftfast":
+        assert "10 of 10 adapted" in result.report
+
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    assert sorted(config["target_parameters"]) == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+    model = assert_reloads(moe_folder, tmp_path / "out")
+    untrained = AutoModelForCausalLM.from_pretrained(moe_folder, dtype=torch.float32)
+    for layer, before in zip(model.get_base_model().model.layers, untrained.model.layers, strict=True):
+        assert torch.equal(layer.mlp.gate.weight, before.mlp.gate.weight) == (router == "freeze")
+        assert torch.equal(layer.mlp.experts.get_base_layer().down_proj, before.mlp.experts.down_proj)
+
+
+@pytest.mark.parametrize("router", ["freeze", "train"])
+def test_both_backends_train_experts_alike(moe_folder, pairs, tmp_path, router):
+    losses = [
+        train_moe(moe_folder, pairs, tmp_path / backend, backend=backend, router=router).losses
+        for backend in ("peft", "peftfast")
+    ]
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("backend", ["peft", "peftfast"])
+def test_the_training_loss_holds_the_balancing_loss_once(
+    moe_folder, tokenizer, tmp_path, backend, accumulation
+):
+    same = write_jsonl(tmp_path / "same.jsonl", PAIRS[:1] * 4)
+    results = {
+        coefficient: train_moe(
+            moe_folder, same, tmp_path / str(coefficient), eval_file=None, eval_share=0.25, max_steps=1,
+            backend=backend, micro_batch_size=1, gradient_accumulation_steps=accumulation,
+            router_aux_loss_coef=coefficient,
+        )
+        for coefficient in (0.0, 0.5)
+    }  # fmt: skip
+    # Adapters start at zero, so that the first step sees the model as it was.
+    model = AutoModelForCausalLM.from_pretrained(moe_folder, dtype=torch.float32)
+    [example] = data.encode(PAIRS[:1], tokenizer, 64)
+    with torch.no_grad():
+        aux_loss = model(
+            input_ids=torch.tensor([example.input_ids]), labels=torch.tensor([example.labels]),
+            output_router_logits=True,
+        ).aux_loss.item()  # fmt: skip
+    (_, plain), (_, balanced) = results[0.0].losses[0], results[0.5].losses[0]
+    assert aux_loss > 1
+    assert balanced - plain == pytest.approx(0.5 * aux_loss, rel=1e-5)
+    # The held-out loss is the cross entropy alone.
+    assert results[0.0].before.loss == results[0.5].before.loss == pytest.approx(plain, rel=1e-5)
+
+
+def test_a_frozen_router_without_experts_trained_is_not_balanced(moe_folder, pairs, tmp_path):
+    result = train_moe(moe_folder, pairs, tmp_path / "out", experts="none")
+    assert result.experts == "none"
+    assert result.router_aux_loss_coef is None
+    assert result.trainable_parameters == 2 * ATTENTION
+    assert not any("mlp" in name for name in load_file(tmp_path / "out" / "adapter_model.safetensors"))
+    balanced = train_moe(moe_folder, pairs, tmp_path / "balanced", experts="none", router="train")
+    assert balanced.router_aux_loss_coef == 0.05
+
+
+def test_routers_train_in_float32_in_a_model_of_bf16(moe_folder, pairs, tmp_path):
+    result = train_moe(moe_folder, pairs, tmp_path / "out", router="train", dtype="bf16", learning_rate=1e-4)
+    assert "10 of 10 adapted" in result.report
+    base = load_file(moe_folder / "model.safetensors")
+    weights = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    routers = {name: weight for name, weight in weights.items() if "gate.weight" in name}
+    assert len(routers) == 2
+    for name, weight in routers.items():
+        before = base[name.removeprefix("base_model.model.")].bfloat16().float()
+        assert weight.dtype == torch.float32
+        assert (weight != before).float().mean() > 0.9
+        assert (weight - before).abs().max() < 1e-3
+
+
+def test_the_most_used_experts_are_adapted(moe_folder, pairs, tmp_path):
+    out = tmp_path / "out"
+    result = train_moe(moe_folder, pairs, out, experts="profile:0.5", lora_dropout=0.1)
+    assert result.experts == "profile:0.5"
+    assert result.trainable_parameters == 2 * (ATTENTION + 2 * EXPERT)
+    assert "10 of 10 adapted" in result.report
+
+    # Every example is prompt "xy=", completion "XY" and the end: 6 tokens, each for two experts.
+    profile = ExpertProfile.load(out / PROFILE_FILE)
+    assert [tokens.sum() for tokens in profile.tokens.values()] == [2 * 6 * 6] * 2
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["peft_type"] == "EXPERT_LORA"
+    assert config["experts"] == {name: sorted(chosen) for name, chosen in profile.top_share(0.5).items()}
+    assert_reloads(moe_folder, out)
+
+
+def test_the_load_of_the_experts_is_logged(moe_folder, pairs, tmp_path, capsys):
+    out = tmp_path / "out"
+    code = run(
+        *("train", "--model", moe_folder, "--data", pairs, "--eval-file", pairs, "--out", out),
+        *("--max-steps", 3, "--gradient-accumulation-steps", 2, "--micro-batch-size", 2),
+    )
+    assert code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "The training loss holds 0.05 times the routers' load-balancing loss" in shown
+    record = json.loads((out / RESULT_FILE).read_text())
+    load = record["expert_load"]
+    assert list(load) == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
+    for layer in load.values():
+        assert sum(layer["tokens"]) == 2 * record["tokens"]
+        assert layer["max_over_mean"] == max(layer["tokens"]) * 4 / sum(layer["tokens"])
+        assert 0 < layer["entropy"] <= math.log(4)
+        assert layer["unused"] == layer["tokens"].count(0)
+    worst = max(layer["max_over_mean"] for layer in load.values())
+    assert f"Expert load: the fullest expert had {worst:.1f} times the mean of its layer" in shown
+    if importlib.util.find_spec("matplotlib"):
+        assert (out / "expert_load.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_load_is_summed_up():
+    profile = ExpertProfile({"a": torch.tensor([4, 4, 0, 0]), "b": torch.tensor([3, 0, 0, 0])}, {})
+    load = expert_load(profile)
+    assert load["a"] == dict(
+        tokens=[4, 4, 0, 0], max_over_mean=2.0, entropy=pytest.approx(math.log(2)), unused=2
+    )
+    assert load["b"] == dict(tokens=[3, 0, 0, 0], max_over_mean=4.0, entropy=0.0, unused=3)
+    text = describe(load)
+    assert "4.0 times the mean of its layer (b)" in text
+    assert "entropy at least 0.00 of 1.39 nats (b); 5 of 8 experts" in text
+
+
+@pytest.mark.parametrize("backend", ["peft", "peftfast"])
+def test_qlora_keeps_experts_in_4_bits(moe_folder, pairs, tmp_path, capsys, backend):
+    out = tmp_path / "out"
+    code = run(
+        *("train", "--method", "qlora", "--backend", backend, "--model", moe_folder, "--data", pairs),
+        *("--eval-file", pairs, "--out", out, "--max-steps", 4, "--learning-rate", 1e-2),
+    )
+    assert code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "linear layers and expert projections in nf4, a scale to 64 weights" in shown
+    record = json.loads((out / RESULT_FILE).read_text())
+    assert record["quantized"] == {"linear layer": 8, "expert projection": 4}
+    if backend == "peftfast":
+        assert "4-bit: 8 linear layers, 4 expert projections" in record["report"]
+    # In a layer q, k, v, o of 32 x 32 and four experts of 3 x 24 x 32; the rest is embeddings, head, routers, norms.
+    packed = 2 * (4 * 32 * 32 + 4 * 3 * 24 * 32)
+    dense = 2 * 258 * 32 + 2 * 4 * 32 + (2 * 2 + 1) * 32 + 2 * 2 * 16
+    assert record["parameters"] == packed + dense
+    # Besides: scales in 8 bits, and for each of 12 weights their own scales and a table of 256 values.
+    assert 0 < record["base_bytes"] - packed / 2 - 4 * dense < packed / 64 + 12 * 1050
+    assert record["after"]["loss"] < record["before"]["loss"]
+    assert_reloads(moe_folder, out, FourBitConfig())
+
+
+def test_names_that_peft_takes_for_experts_are_kept_from_it(tokenizer, pairs, tmp_path, capsys):
+    """The first layer of the model is dense: its feed-forward block has linear layers."""
+    folder = save_moe(
+        tmp_path / "model", Qwen3MoeConfig, Qwen3MoeForCausalLM, tokenizer,
+        head_dim=16, mlp_only_layers=[0], intermediate_size=48,
+    )  # fmt: skip
+    arguments = ("train", "--model", folder, "--data", pairs, "--eval-share", 0, "--max-steps", 1)
+    assert run(*arguments, "--out", tmp_path / "out", "--experts", "none", "--router", "train") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "The linear layers named down_proj, gate_proj, up_proj stay frozen" in shown
+    names = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    # Two factors of q, k, v, o in both layers, and the router of the second.
+    assert len(names) == 2 * 2 * 4 + 1
+    assert sum("mlp" in name for name in names) == 1
+
+    error = refusal(capsys, *arguments, "--out", tmp_path / "other", "--target-modules", "q_proj,up_proj")
+    assert "--target-modules up_proj: in a qwen3_moe PEFT takes that for the experts or the router" in error
+    # Adapters of ours mean what they say: the first layer's block has its own.
+    assert run(*arguments, "--out", tmp_path / "sparse", "--experts", "profile:0.25") == 0
+    names = load_file(tmp_path / "sparse" / "adapter_model.safetensors")
+    assert sum("layers.0.mlp.up_proj" in name for name in names) == 2
+
+
+def test_a_shared_expert_is_linear_layers(tokenizer, pairs, tmp_path):
+    folder = save_moe(
+        tmp_path / "model", Qwen2MoeConfig, Qwen2MoeForCausalLM, tokenizer, shared_expert_intermediate_size=40
+    )
+    result = train_moe(folder, pairs, tmp_path / "out", router="train", max_steps=1)
+    shared = 16 * (3 * (32 + 40) + 32 + 1)  # gate, up and down, and the gate of all
+    assert result.trainable_parameters == 2 * (ATTENTION + 4 * EXPERT + shared + 4 * 32)
+    assert_reloads(folder, tmp_path / "out")
+
+
+def test_dropout_on_all_experts_is_refused(moe_folder, pairs, tmp_path, capsys):
+    arguments = ("--model", moe_folder, "--data", pairs, "--out", tmp_path / "out", "--lora-dropout", 0.1)
+    assert "PEFT has no dropout on experts; --experts profile:1" in refusal(capsys, "train", *arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
+
+
+def test_a_mixture_of_loras_trains_on_a_dense_model(model_folder, pairs, tmp_path, capsys):
+    out = tmp_path / "out"
+    code = run(
+        *("train", "--method", "mixture", "--model", model_folder, "--data", pairs, "--eval-file", pairs),
+        *(
+            "--out",
+            out,
+            "--max-steps",
+            4,
+            "--learning-rate",
+            1e-2,
+            "--mixture-experts",
+            4,
+            "--mixture-top-k",
+            2,
+        ),
+        *("--router-aux-loss-coef", 0.1),
+    )
+    assert code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "The training loss holds 0.1 times the routers' load-balancing loss" in shown
+    assert "Expert load: the fullest expert had" in shown
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["num_experts"], config["top_k"]) == ("MIXTURE_LORA", 4, 2)
+    assert config["router_aux_loss_coef"] == 0.1
+    record = json.loads((out / RESULT_FILE).read_text())
+    assert record["router_aux_loss_coef"] == 0.1
+    assert record["experts"] is None
+    assert [len(layer["tokens"]) for layer in record["expert_load"].values()] == [4, 4]
+    assert record["after"]["loss"] < record["before"]["loss"]
+    assert_reloads(model_folder, out)
+
+
+def test_a_mixture_of_loras_is_balanced_once_to_a_step(model_folder, tmp_path):
+    same = write_jsonl(tmp_path / "same.jsonl", PAIRS[:1] * 4)
+    losses = {
+        (coefficient, accumulation): train_moe(
+            model_folder, same, tmp_path / f"{coefficient}-{accumulation}", method="mixture", eval_file=None,
+            eval_share=0, max_steps=1, micro_batch_size=1, gradient_accumulation_steps=accumulation,
+            router_aux_loss_coef=coefficient,
+        ).losses[0][1]
+        for coefficient in (0.0, 0.5)
+        for accumulation in (1, 2)
+    }  # fmt: skip
+    once = losses[0.5, 1] - losses[0.0, 1]
+    assert once > 0.5
+    assert losses[0.5, 2] - losses[0.0, 2] == pytest.approx(once, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--mixture-top-k", 9), "--method mixture: top_k is 9, but there are only 8 experts."),
+        (("--mixture-experts", 1), "--mixture-experts is at least 2, not 1."),
+        (("--experts", "all"), "--method mixture adapts linear layers alone"),
+    ],
+)
+def test_bad_mixtures_are_refused(model_folder, pairs, tmp_path, capsys, options, message):
+    arguments = ("--model", model_folder, "--data", pairs, "--out", tmp_path / "out", "--method", "mixture")
+    assert message in refusal(capsys, "train", *arguments, *options)
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]

@@ -1,5 +1,6 @@
 """`peftfast demo` in short, and what ships with it."""
 
+import inspect
 import json
 import random
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peftfast import demo
+from peftfast import demo, profile_experts
 from peftfast.cli import main
+from peftfast.cli.demo import RUNS
 from peftfast.demo import pretrain, task
 
 SHORT = ("--max-steps", "8", "--max-eval-examples", "40")
@@ -18,31 +20,41 @@ def read(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_the_demo_compares_eager_peft_peftfast_and_qlora(tmp_path, capfd):
+def test_the_demo_compares_eager_peft_and_peftfast(tmp_path, capfd):
     out, record_file = tmp_path / "out", tmp_path / "record.json"
     with pytest.raises(SystemExit) as stopped:
         main(["demo", "--out", str(out), "--json", str(record_file), *SHORT])
     assert not stopped.value.code, capfd.readouterr()
     shown = capfd.readouterr().out
-    assert "eager PEFT" in shown
-    assert "the same answer on 40 (LoRA) and 40 (QLoRA, over the 4-bit model) of 40" in " ".join(
-        shown.split()
+    for name, _ in RUNS.values():
+        assert f"│ {name}" in shown
+    assert (
+        "the same answer on 40 (LoRA), 40 (QLoRA, over the 4-bit model) and 40 (mixture of experts) of 40 held-out"
+        in " ".join(shown.split())
     )
 
     record = json.loads(record_file.read_text())
-    assert record["same_answers"] == {"peftfast": 40, "qlora": 40}
+    assert record["same_answers"] == {"peftfast": 40, "qlora": 40, "moe": 40}
     assert record["answers"] == 40
-    assert record["largest_loss_difference"] < 1e-3
-    eager, fast = record["results"]["peft"], record["results"]["peftfast"]
-    assert record["speedup"] == pytest.approx(eager["seconds"] / fast["seconds"])
-    assert eager["before"] == pytest.approx(fast["before"], rel=1e-4)
-    assert eager["steps"] == fast["steps"] == 8
-    assert fast["after"]["loss"] < fast["before"]["loss"]
-    assert fast["trainable_parameters"] < 0.2 * fast["parameters"]
-    for name in ("peft", "peftfast", "qlora"):
+    for fast_name, eager_name in (("peftfast", "peft"), ("moe", "moe_peft")):
+        assert record["largest_loss_difference"][fast_name] < 1e-3
+        fast, eager = record["results"][fast_name], record["results"][eager_name]
+        assert record["speedup"][fast_name] == pytest.approx(eager["seconds"] / fast["seconds"])
+        assert eager["before"] == pytest.approx(fast["before"], rel=1e-4)
+        assert eager["steps"] == fast["steps"] == 8
+        assert fast["after"]["loss"] < fast["before"]["loss"]
+        assert fast["trainable_parameters"] < 0.2 * fast["parameters"]
+    for name in RUNS:
         assert (out / name / "adapter_model.safetensors").is_file()
 
-    four_bit = record["results"]["qlora"]
+    moe = record["results"]["moe"]
+    assert moe["experts"] == "all"
+    assert moe["router_aux_loss_coef"] > 0
+    assert len(moe["expert_load"]) == 4
+    # Of 4 layers, q, k, v and o, and the experts.
+    assert "20 of 20 adapted or 4-bit layers on the fast path" in moe["report"]
+
+    four_bit, fast = record["results"]["qlora"], record["results"]["peftfast"]
     assert four_bit["quantization"]["quant_type"] == "nf4"
     assert four_bit["parameters"] == fast["parameters"]
     assert 4 * four_bit["base_bytes"] < fast["base_bytes"] == 4 * fast["parameters"]
@@ -63,10 +75,11 @@ def test_the_demo_touches_nothing_of_others(tmp_path, capfd):
     assert [path.name for path in tmp_path.iterdir()] == ["peftfast"]
 
 
-def test_the_base_model_is_small_and_loads():
-    assert (demo.BASE / "model.safetensors").stat().st_size <= 4_000_000
-    model = AutoModelForCausalLM.from_pretrained(demo.BASE, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(demo.BASE)
+@pytest.mark.parametrize("base", [demo.BASE, demo.MOE_BASE], ids=["dense", "moe"])
+def test_the_base_models_are_small_and_load(base):
+    assert (base / "model.safetensors").stat().st_size <= 4_000_000
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(base)
     built = pretrain.build_tokenizer()
     assert tokenizer.get_vocab() == built.get_vocab()
     assert len(tokenizer) == model.config.vocab_size == 258
@@ -75,6 +88,18 @@ def test_the_base_model_is_small_and_loads():
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         assert model(input_ids=ids, labels=ids).loss < 1.5
+
+
+def test_the_mixture_uses_its_experts():
+    model = AutoModelForCausalLM.from_pretrained(demo.MOE_BASE, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(demo.MOE_BASE)
+    text = tokenizer(inspect.getsource(random)[:8192], return_tensors="pt")["input_ids"]
+    profile = profile_experts(model, [text.view(-1, pretrain.SEQUENCE_LENGTH)])
+    used = [int((tokens > 0).sum()) for tokens in profile.tokens.values()]
+    # transformers balances the layers together, which lets an expert of one of them go to waste.
+    assert len(used) == 4
+    assert sum(used) >= 31
+    assert max(tokens.max() / tokens.sum() for tokens in profile.tokens.values()) < 0.5
 
 
 def test_the_tokenizer_keeps_every_character():
@@ -86,7 +111,7 @@ def test_the_tokenizer_keeps_every_character():
 
 
 def test_shipped_files_name_no_machine():
-    for path in [*demo.BASE.iterdir(), demo.TRAIN_DATA, demo.HELD_OUT_DATA]:
+    for path in [*demo.BASE.iterdir(), *demo.MOE_BASE.iterdir(), demo.TRAIN_DATA, demo.HELD_OUT_DATA]:
         content = path.read_bytes()
         for folder in (b"/home/", b"/root/", b"/tmp/", b"/usr/", b"C:\\"):
             assert folder not in content, path
@@ -117,14 +142,15 @@ def test_names_are_found_in_the_standard_library():
     assert all(name.islower() and "_" in name and len(name) <= task.LONGEST_NAME for name in names)
 
 
-def test_pretraining_is_deterministic(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", pretrain.MODELS)
+def test_pretraining_is_deterministic(tmp_path, monkeypatch, kind):
     words = random.Random(0).choices(["def ", "return ", "self.", "name", "\n"], k=20_000)
     monkeypatch.setattr(pretrain, "read_standard_library", lambda: ["".join(words)] * 3)
     for name in ("first", "second"):
-        pretrain.pretrain(tmp_path / name, max_steps=2, batch_size=2)
+        pretrain.pretrain(tmp_path / name, kind=kind, max_steps=2, batch_size=2)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second")]
     assert weights[0] == weights[1]
-    pretrain.pretrain(tmp_path / "third", max_steps=2, batch_size=2, seed=1)
+    pretrain.pretrain(tmp_path / "third", kind=kind, max_steps=2, batch_size=2, seed=1)
     assert (tmp_path / "third" / "model.safetensors").read_bytes() != weights[0]
 
 

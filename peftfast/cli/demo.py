@@ -1,4 +1,4 @@
-"""`peftfast demo`: eager PEFT, peftfast and QLoRA on a model and a task that ship with the package."""
+"""`peftfast demo`: eager PEFT and peftfast on two models and a task that ship with the package."""
 
 import contextlib
 import dataclasses
@@ -43,23 +43,26 @@ RUNS = {
     "peft": ("eager PEFT", {"backend": "peft"}),
     "peftfast": ("peftfast", {}),
     "qlora": ("peftfast, QLoRA", {"method": "qlora"}),
+    "moe_peft": ("MoE, eager PEFT", {"model": str(demo.MOE_BASE), "backend": "peft"}),
+    "moe": ("MoE, peftfast", {"model": str(demo.MOE_BASE)}),
 }
+# Runs that do the same on the two backends, peftfast's first.
+RIVALS = {"peftfast": "peft", "moe": "moe_peft"}
 
 
 @dataclass(frozen=True)
 class DemoResult:
     """The record of a demo.
 
-    `results` holds the TrainResult record of each of RUNS; `speedup` is eager PEFT's training time over
-    peftfast's, both of LoRA; `largest_loss_difference` compares these two runs' training losses, logged at the
-    same steps; `same_answers` of `answers` held-out prompts got the same answer from the run's adapter when
-    plain PEFT loaded it in a process of its own, over the base that it was trained on. `seconds` is the time
-    of the whole demo.
+    `results` holds the TrainResult record of each of RUNS. By the names in RIVALS, `speedup` is eager PEFT's training
+    time over peftfast's, and `largest_loss_difference` compares the two runs' training losses, logged at the same
+    steps. `same_answers` of `answers` held-out prompts got the same answer from the run's adapter when plain PEFT
+    loaded it in a process of its own, over the base that it was trained on. `seconds` is the time of the whole demo.
     """
 
     results: dict[str, dict]
-    speedup: float
-    largest_loss_difference: float
+    speedup: dict[str, float]
+    largest_loss_difference: dict[str, float]
     same_answers: dict[str, int]
     answers: int
     seconds: float
@@ -82,8 +85,7 @@ def run_demo(
     started = time.perf_counter()
     runs = {
         name: TrainSettings(
-            **SETTINGS,
-            **options,
+            **SETTINGS | options,
             out=out / name,
             max_steps=max_steps,
             max_eval_examples=max_eval_examples,
@@ -103,12 +105,22 @@ def run_demo(
             raise Exit(code)
     results = {name: json.loads((out / name / RESULT_FILE).read_text(encoding="utf-8")) for name in runs}
     console.rule("reloading peftfast's adapters with plain PEFT")
-    same_answers = {name: _reload(out / name, results[name]) for name in ("peftfast", "qlora")}
-    losses = zip(results["peft"]["losses"], results["peftfast"]["losses"], strict=True)
+    fast_runs = [name for name, settings in runs.items() if settings.backend == "peftfast"]
+    same_answers = {name: _reload(out / name, results[name]) for name in fast_runs}
     return DemoResult(
         results=results,
-        speedup=results["peft"]["seconds"] / results["peftfast"]["seconds"],
-        largest_loss_difference=max(abs(eager - fast) for (_, eager), (_, fast) in losses),
+        speedup={
+            fast: results[eager]["seconds"] / results[fast]["seconds"] for fast, eager in RIVALS.items()
+        },
+        largest_loss_difference={
+            fast: max(
+                abs(one - other)
+                for (_, one), (_, other) in zip(
+                    results[fast]["losses"], results[eager]["losses"], strict=True
+                )
+            )
+            for fast, eager in RIVALS.items()
+        },
         same_answers=same_answers,
         answers=results["peftfast"]["held_out_examples"],
         seconds=time.perf_counter() - started,
@@ -128,7 +140,16 @@ def _reload(adapter: Path, result: dict) -> int:
         }
         task.write_text(json.dumps(request), encoding="utf-8")
         subprocess.run(
-            [sys.executable, "-W", "ignore", answer.__file__, demo.BASE, adapter, task, answers],
+            [
+                sys.executable,
+                "-W",
+                "ignore",
+                answer.__file__,
+                result["settings"]["model"],
+                adapter,
+                task,
+                answers,
+            ],
             check=True,
             # The modules beside the file must not stand in for others of the same name.
             env=os.environ | {"PYTHONSAFEPATH": "1"},
@@ -139,30 +160,39 @@ def _reload(adapter: Path, result: dict) -> int:
 
 def show(result: DemoResult, console: Console) -> None:
     """Print the comparison as a table."""
-    table = Table(title="snake_case to CamelCase, held-out names", title_justify="left")
+    table = Table(
+        title=f"snake_case to CamelCase: exact match on {result.answers} held-out names",
+        title_justify="left",
+    )
     table.add_column("")
-    for name in result.results:
-        table.add_column(RUNS[name][0], justify="right")
-    for label, cell in {
-        "exact match, base model": lambda run: f"{run['before']['exact_match']:.1%}",
-        "exact match, tuned": lambda run: f"{run['after']['exact_match']:.1%}",
-        "training time": lambda run: f"{run['seconds']:.1f} s",
-        "training speed": lambda run: f"{run['tokens_per_second']:,.0f} tokens/s",
-        "frozen weights": lambda run: mebibytes(run["base_bytes"]),
-        "peak memory of the process": lambda run: f"{run['peak_memory_mib']:,.0f} MiB",
-    }.items():
-        table.add_row(label, *map(cell, result.results.values()))
+    columns = {
+        "base": lambda run: f"{run['before']['exact_match']:.1%}",
+        "tuned": lambda run: f"{run['after']['exact_match']:.1%}",
+        "time": lambda run: f"{run['seconds']:.1f} s",
+        "tokens/s": lambda run: f"{run['tokens_per_second']:,.0f}",
+        "frozen": lambda run: mebibytes(run["base_bytes"]),
+        "memory": lambda run: f"{run['peak_memory_mib']:,.0f} MiB",
+    }
+    for label in columns:
+        table.add_column(label, justify="right")
+    for name, run in result.results.items():
+        table.add_row(RUNS[name][0], *(cell(run) for cell in columns.values()))
     console.print(table)
-    fast, same = result.results["peftfast"], result.same_answers
-    trained, frozen = fast["trainable_parameters"], fast["parameters"]
+
+    def trained(name: str) -> str:
+        count, frozen = (result.results[name][key] for key in ("trainable_parameters", "parameters"))
+        return f"{count:,} of {count + frozen:,} parameters ({count / (count + frozen):.1%})"
+
+    same, difference = result.same_answers, result.largest_loss_difference
     console.print(
-        f"peftfast trained LoRA {result.speedup:.2f} times as fast, on the same seed and data; "
-        f"training losses differ by at most {result.largest_loss_difference:.1e}.\n"
+        f"peftfast trained LoRA {result.speedup['peftfast']:.2f} times as fast as eager PEFT, and the mixture of "
+        f"experts {result.speedup['moe']:.2f} times, on the same seed and data; training losses differ by at most "
+        f"{difference['peftfast']:.1e} and {difference['moe']:.1e}.\n"
+        f"Trained: {trained('peftfast')}; with LoRA on all experts and the attention of the mixture {trained('moe')}.\n"
         "QLoRA keeps the linear layers of the frozen model in 4 bits. Beside Python and its libraries a model so "
-        "small hardly counts: see the weights' own size.\n"
-        f"Trained: {trained:,} of {trained + frozen:,} parameters ({trained / (trained + frozen):.1%}).\n"
-        f"Reloaded by plain PEFT, the adapters give the same answer on {same['peftfast']} (LoRA) and "
-        f"{same['qlora']} (QLoRA, over the 4-bit model) of {result.answers} held-out names.\n"
+        "small hardly counts in the memory of the process: see the size of the frozen weights.\n"
+        f"Reloaded by plain PEFT, the adapters give the same answer on {same['peftfast']} (LoRA), {same['qlora']} "
+        f"(QLoRA, over the 4-bit model) and {same['moe']} (mixture of experts) of {result.answers} held-out names.\n"
         f"The whole demo took {result.seconds:.0f} s.",
         highlight=False,
     )
@@ -175,7 +205,7 @@ def command(
     max_steps: Annotated[int | None, Option(hidden=True)] = None,
     max_eval_examples: Annotated[int, Option(hidden=True)] = 500,
 ) -> None:
-    """Fine-tune a small model that ships with peftfast: with eager PEFT, with peftfast, and in 4 bits."""
+    """Fine-tune small models that ship with peftfast, dense, in 4 bits and a mixture of experts, and compare."""
     check_record_file(json_file)
     console = Console()
     with contextlib.ExitStack() as stack:

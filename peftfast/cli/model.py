@@ -60,7 +60,10 @@ def load_model(name: str, dtype: str, local: bool, four_bit_config=None):
     path = Path(name).expanduser() if local else name
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=local)
-        if four_bit_config is None and getattr(config, "quantization_config", {}).get("load_in_4bit"):
+        held = getattr(config, "quantization_config", {})
+        if four_bit_config is None and (
+            held.get("load_in_4bit") or held.get("quant_method") == "peftfast_4bit"
+        ):
             raise ValueError("its weights are in 4 bits, which takes --method qlora")
         model, info = AutoModelForCausalLM.from_pretrained(
             path,

@@ -1,6 +1,5 @@
 """`peftfast train`: fine-tune a causal language model with stock PEFT and transformers' Trainer."""
 
-# No `from __future__ import annotations`: typer reads the options off the annotations of TrainSettings.
 import contextlib
 import dataclasses
 import inspect
@@ -8,125 +7,32 @@ import json
 import math
 import os
 import platform
+import random
 import re
 import shutil
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
 
 from rich.console import Console
 from rich.table import Table
-from typer import Option
 
-from peftfast.cli import data
+from peftfast.cli import data, methods
 from peftfast.cli.answer import answer
-from peftfast.cli.errors import UserError, first_sentence
+from peftfast.cli.errors import UserError
+from peftfast.cli.load import describe, expert_load, recorded
 from peftfast.cli.model import is_local_model, load_model, load_tokenizer
-from peftfast.reference import FOURBIT_BLOCKSIZES, FOURBIT_CODEBOOKS
+from peftfast.cli.settings import DTYPES, TrainSettings
 
 RESULT_FILE = "train_result.json"
 ANSWERS_FILE = "held_out_answers.jsonl"
-BACKENDS = ("peftfast", "peft")
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-# Options of --method qlora, by the argument of FourBitConfig.
-QUANTIZATION = {"quant_type": "quant_type", "blocksize": "blocksize", "nested": "double_quant"}
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """What a training run is told; each field is an option of `peftfast train`.
-
-    Raises:
-        UserError: a number or a choice is out of its range.
-    """
-
-    model: Annotated[str, Option(help="A model folder, or the name of a model on the hub.")]
-    data: Annotated[Path, Option(help="Training data: .jsonl or .txt.")]
-    out: Annotated[Path, Option(help="The folder that receives the adapter; must not exist or be empty.")]
-    method: Annotated[str, Option(help="lora, or qlora: LoRA on a frozen model in 4 bits.")] = "lora"
-    backend: Annotated[str, Option(help="peftfast, or peft for PEFT's own forwards.")] = "peftfast"
-    lora_r: Annotated[int, Option(help="Rank of the adapters.")] = 16
-    lora_alpha: Annotated[float, Option(help="Adapters are scaled by lora_alpha / lora_r.")] = 32
-    lora_dropout: Annotated[float, Option(help="Dropout on the adapters' input, in [0, 1).")] = 0.0
-    target_modules: Annotated[str, Option(help="all-linear, or names: q_proj,v_proj.")] = "all-linear"
-    learning_rate: Annotated[float, Option(help="Peak of a linear schedule with 3 % warmup.")] = 2e-4
-    epochs: Annotated[float, Option(help="Passes over the training data.")] = 3.0
-    max_steps: Annotated[int | None, Option(help="Optimizer steps; overrides --epochs.")] = None
-    micro_batch_size: Annotated[int, Option(help="Sequences per forward pass.")] = 8
-    gradient_accumulation_steps: Annotated[int, Option(help="Forward passes per optimizer step.")] = 1
-    sequence_len: Annotated[int, Option(help="Tokens per sequence, at most.")] = 1024
-    dtype: Annotated[str, Option(help="Of the frozen model and its products: fp32 or bf16.")] = "fp32"
-    quant_type: Annotated[str | None, Option(help="qlora: nf4, the default, or fp4.")] = None
-    blocksize: Annotated[int | None, Option(help="qlora: weights that share a scale; by default 64.")] = None
-    double_quant: Annotated[
-        bool | None,
-        Option("--double-quant/--no-double-quant", help="qlora: scales in 8 bits too; by default they are."),
-    ] = None
-    eval_file: Annotated[Path | None, Option(help="Held-out data; overrides --eval-share.")] = None
-    eval_share: Annotated[float, Option(help="Share of the data to hold out, in [0, 1).")] = 0.1
-    max_eval_examples: Annotated[int, Option(help="Held-out examples to use, at most.")] = 500
-    seed: Annotated[int, Option(help="Seed of everything random.")] = 0
-    json: Annotated[Path | None, Option(help="Also write the result record to this file.")] = None
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace the result of an earlier run.")] = False
-
-    def __post_init__(self) -> None:
-        for name, choices in {
-            "method": METHODS,
-            "backend": BACKENDS,
-            "dtype": DTYPES,
-            "quant_type": (None, *FOURBIT_CODEBOOKS),
-            "blocksize": (None, *FOURBIT_BLOCKSIZES),
-        }.items():
-            value = getattr(self, name)
-            if value not in choices:
-                listed = ", ".join(str(choice) for choice in choices if choice is not None)
-                raise UserError(f"{_option(name)} is one of {listed}, not {value!r}.")
-        for name in QUANTIZATION.values():
-            if self.method != "qlora" and getattr(self, name) is not None:
-                raise UserError(f"{_option(name)} goes with --method qlora, not with --method {self.method}.")
-        for name, minimum in {
-            "lora_r": 1,
-            "micro_batch_size": 1,
-            "gradient_accumulation_steps": 1,
-            "sequence_len": 2,
-            "max_steps": 1,
-            "max_eval_examples": 1,
-            "seed": 0,
-        }.items():
-            value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise UserError(f"{_option(name)} is at least {minimum}, not {value}.")
-        for name in ("lora_alpha", "learning_rate", "epochs"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise UserError(f"{_option(name)} is a positive number, not {value}.")
-        for name in ("lora_dropout", "eval_share"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise UserError(f"{_option(name)} lies in [0, 1), not at {value}.")
-
-    def to_arguments(self) -> list[str]:
-        """Return the settings that differ from their defaults as arguments of `peftfast train`."""
-        arguments = []
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value == field.default:
-                continue
-            if isinstance(value, bool):
-                arguments.append(_option(field.name if value else f"no_{field.name}"))
-            else:
-                arguments += [_option(field.name), str(value)]
-        return arguments
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
+PROFILE_FILE = "expert_profile.json"
+PROFILED_EXAMPLES = 256  # by which --experts profile: chooses, at most
 
 
 @dataclass(frozen=True)
@@ -147,8 +53,10 @@ class Evaluation:
 class TrainResult:
     """The record of a training run, as written to train_result.json.
 
-    `parameters` and `base_bytes` are those of the frozen model; `quantization` is how its linear layers are
-    kept in 4 bits, as arguments of FourBitConfig, None if they are not.
+    `parameters` and `base_bytes` are those of the frozen model; `quantization` is how its linear layers and experts
+    are kept in 4 bits, as arguments of FourBitConfig, None if they are not, and `quantized` counts these weights.
+    `experts` is which experts have adapters, None in a dense model; `router_aux_loss_coef` weighs the load-balancing
+    loss in the training loss, None if it is not in it; `expert_load` is peftfast.cli.load.expert_load of the run.
     `seconds` is the time of training alone, without loading and evaluation; `tokens` counts those of the
     training sequences, without padding; `peak_memory_mib` is the process's largest resident set while it
     trained (on a GPU: the largest amount allocated there); `losses` holds [step, training loss] pairs;
@@ -159,6 +67,10 @@ class TrainResult:
     parameters: int
     base_bytes: int
     quantization: dict | None
+    quantized: dict[str, int]
+    experts: str | None
+    router_aux_loss_coef: float | None
+    expert_load: dict[str, dict] | None
     trainable_parameters: int
     examples: int
     held_out_examples: int
@@ -176,27 +88,6 @@ class TrainResult:
     def to_json(self) -> str:
         """Return the record as indented JSON."""
         return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
-
-
-def attach_lora(model, settings: TrainSettings):
-    """Return `model` wrapped in PEFT's LoRA adapters."""
-    from peft import LoraConfig, get_peft_model
-
-    targets = settings.target_modules
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
-    )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        raise UserError(f"--target-modules {targets}: {first_sentence(error)}.") from error
-
-
-METHODS: dict[str, Callable] = {"lora": attach_lora, "qlora": attach_lora}
 
 
 def train(settings: TrainSettings, console: Console | None = None) -> TrainResult:
@@ -230,60 +121,9 @@ def train(settings: TrainSettings, console: Console | None = None) -> TrainResul
             examples, held_out = data.split(
                 examples, settings.eval_share, settings.seed, at_most=settings.max_eval_examples
             )
-        model = load_model(settings.model, DTYPES[settings.dtype], local, _four_bit_config(settings))
-        _check_quantization(settings, model)
+        model = load_model(settings.model, DTYPES[settings.dtype], local, methods.four_bit_config(settings))
+        methods.check_quantization(settings, model)
     return _fine_tune(settings, console, model, tokenizer, examples, held_out)
-
-
-def _four_bit_config(settings: TrainSettings):
-    """Return how to keep the base model, or None for dense; the products are always of --dtype."""
-    if settings.method != "qlora":
-        return None
-    from peftfast import FourBitConfig
-
-    given = {argument: getattr(settings, name) for argument, name in QUANTIZATION.items()}
-    given = {argument: value for argument, value in given.items() if value is not None}
-    return FourBitConfig(**given, compute_dtype=DTYPES[settings.dtype])
-
-
-def _check_quantization(settings: TrainSettings, model) -> None:
-    """Refuse a checkpoint that is in 4 bits already, and in others than were asked for."""
-    quantization = _quantization(model)
-    for argument, name in QUANTIZATION.items():
-        value = getattr(settings, name)
-        if value is not None and value != quantization[argument]:
-            raise UserError(
-                f"{_option(name)} asks for {value}, but the model is in 4 bits already, "
-                f"and there it is {quantization[argument]}."
-            )
-
-
-def _quantization(model) -> dict | None:
-    """Return how the model's linear layers are kept in 4 bits, as arguments of FourBitConfig."""
-    from peftfast import FourBitConfig
-
-    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
-    if not isinstance(config, FourBitConfig):
-        return None
-    return {argument: getattr(config, argument) for argument in QUANTIZATION} | {
-        "compute_dtype": str(config.compute_dtype).removeprefix("torch.")
-    }
-
-
-def _base_size(model) -> tuple[int, int]:
-    """Return the parameters of a model without adapters, and the bytes that they take."""
-    from peftfast.nn import Linear4bit
-
-    quantized = {
-        module.weight: module.quantized_weight for module in model.modules() if isinstance(module, Linear4bit)
-    }
-    sizes = [
-        (math.prod(quantized[weight].shape), quantized[weight].nbytes)
-        if weight in quantized
-        else (weight.numel(), weight.nbytes)
-        for weight in model.parameters()
-    ]
-    return sum(count for count, _ in sizes), sum(size for _, size in sizes)
 
 
 def _fine_tune(
@@ -294,18 +134,30 @@ def _fine_tune(
 
     transformers.set_seed(settings.seed)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_backend(settings.backend))
-        parameters, base_bytes = _base_size(model)
-        quantization = _quantization(model)
+        stack.enter_context(_backend(settings.backend, model))
+        parameters, base_bytes = methods.base_size(model)
+        quantization, quantized = methods.quantization(model), methods.quantized(model)
         # Without prepare_model_for_kbit_training. Norms and embeddings in fp32, as it would have them, make the
         # whole residual stream fp32; frozen, they gain nothing by it, and the norms compute in fp32 in any case.
-        model = METHODS[settings.method](model, settings)
+        adapted = methods.adapt(model, settings, _batches(settings, tokenizer, examples))
+        for note in adapted.notes:
+            console.print(note, highlight=False)
+        if adapted.router_aux_loss_coef:
+            console.print(
+                f"The training loss holds {adapted.router_aux_loss_coef:g} times the routers' load-balancing loss; "
+                "the held-out loss does not.",
+                highlight=False,
+            )
+        model = adapted.model
         folder = stack.enter_context(_folder_written_at_once(settings))
         trainer = _build_trainer(settings, model, tokenizer, examples, str(folder), console)
         before, _ = _evaluate(trainer, tokenizer, held_out, console)
         _reset_peak_memory()
         started = time.perf_counter()
-        trainer.train()
+        # Where the model's loss is already that of an optimizer step, each of its parts adds the balancing loss whole.
+        accumulation = settings.gradient_accumulation_steps if trainer.model_accepts_loss_kwargs else 1
+        with recorded(model) as load, methods.balanced(adapted, accumulation):
+            trainer.train()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
@@ -322,6 +174,10 @@ def _fine_tune(
             parameters=parameters,
             base_bytes=base_bytes,
             quantization=quantization,
+            quantized=quantized,
+            experts=adapted.experts,
+            router_aux_loss_coef=adapted.router_aux_loss_coef,
+            expert_load=None if load is None else expert_load(load),
             trainable_parameters=trainable,
             examples=len(examples),
             held_out_examples=len(held_out),
@@ -338,6 +194,11 @@ def _fine_tune(
             | {name: version(name) for name in ("torch", "transformers", "peft")},
         )
         model.save_pretrained(folder)
+        if adapted.profile is not None:
+            adapted.profile.save(folder / PROFILE_FILE)
+            _plot(adapted.profile, folder / "expert_profile.png")
+        if load is not None:
+            _plot(load, folder / "expert_load.png")
         tokenizer.save_pretrained(folder)
         (folder / RESULT_FILE).write_text(result.to_json(), encoding="utf-8")
         if answers:
@@ -349,13 +210,15 @@ def _fine_tune(
 
 
 @contextlib.contextmanager
-def _backend(name: str) -> Iterator[None]:
-    """Have PEFT's layers run on peftfast inside the block, or leave PEFT as it is."""
+def _backend(name: str, model) -> Iterator[None]:
+    """Have PEFT's layers and the model's experts run on peftfast inside the block, or leave both as they are."""
     if name == "peft":
         yield
         return
     import peftfast
 
+    if methods.experts_of(model):
+        model.set_experts_implementation("peftfast")
     with peftfast.enabled():
         yield
 
@@ -364,6 +227,24 @@ def _report(model) -> str:
     import peftfast
 
     return str(peftfast.report(model))
+
+
+def _plot(profile, path: Path) -> None:
+    """Write the profile's heat map where matplotlib is installed."""
+    with contextlib.suppress(ImportError):
+        profile.plot(path)
+
+
+def _batches(settings: TrainSettings, tokenizer, examples: list[data.Example]) -> Iterator[dict]:
+    """Yield a sample of the training data as model inputs without labels."""
+    from transformers import DataCollatorForSeq2Seq
+
+    count = min(PROFILED_EXAMPLES, len(examples))
+    rows = _as_rows(random.Random(settings.seed).sample(examples, count))
+    collate = DataCollatorForSeq2Seq(tokenizer)
+    for start in range(0, count, settings.micro_batch_size):
+        batch = collate(rows[start : start + settings.micro_batch_size])
+        yield {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
 def _build_trainer(settings: TrainSettings, model, tokenizer, examples, folder: str, console: Console):
@@ -580,15 +461,21 @@ def show(result: TrainResult, console: Console) -> None:
     )
     base = f"Frozen weights: {mebibytes(result.base_bytes)}"
     if (how := result.quantization) is not None:
+        kinds = " and ".join(f"{kind}s" for kind in result.quantized)
+        nested = ", double-quantized" if how["nested"] else ""
         base += (
-            f" where 16 bits would take {mebibytes(2 * result.parameters)}; linear layers in {how['quant_type']}, "
-            f"a scale to {how['blocksize']} weights{', double-quantized' if how['nested'] else ''}, "
-            f"computed in {result.settings['dtype']}"
+            f" where 16 bits would take {mebibytes(2 * result.parameters)}; {kinds} in {how['quant_type']}, "
+            f"a scale to {how['blocksize']} weights{nested}, computed in {result.settings['dtype']}"
         )
     console.print(f"{base}.", highlight=False)
     if result.report:
-        summary, *reasons = result.report.splitlines()
-        console.print(summary + (f" (the reasons are in {RESULT_FILE})" if reasons else ""), highlight=False)
+        summary = result.report.splitlines()[0]
+        counts = re.search(r"(\d+) of (\d+)", summary)
+        if counts and int(counts[1]) < int(counts[2]):
+            summary += f" (the reasons are in {RESULT_FILE})"
+        console.print(summary, highlight=False)
+    if result.expert_load:
+        console.print(describe(result.expert_load), highlight=False)
 
 
 def mebibytes(size: int) -> str:
@@ -597,7 +484,8 @@ def mebibytes(size: int) -> str:
 
 
 def command(**options) -> None:
-    """Fine-tune a causal language model with LoRA or QLoRA. The adapter is plain PEFT's."""
+    """Fine-tune a causal language model with LoRA or QLoRA, experts and routers included. The adapter is plain PEFT's,
+    except that of a mixture of LoRAs or of chosen experts."""
     # What one library tells another about its next version is no news to the user.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     console = Console()
