@@ -301,24 +301,25 @@ def test_the_size_of_a_bottleneck():
 # ---- several adapters ---------------------------------------------------------------------------------------
 
 
-def two_adapters(first="pfeiffer", second="pfeiffer"):
-    model = adapted(base_model(), placement=first)
+def two_adapters(first="pfeiffer", second="pfeiffer", kind="llama"):
+    model = adapted(base_model(kind), placement=first)
     model.add_adapter("other", BottleneckConfig(bottleneck_size=3, placement=second, activation="gelu"))
     return randomize(model)
 
 
+@pytest.mark.parametrize("kind", ["llama", "bert"])
 @pytest.mark.parametrize("second", PLACEMENTS)
 @pytest.mark.parametrize("first", PLACEMENTS)
-def test_adapters_are_independent(first, second):
+def test_adapters_are_independent(first, second, kind):
     """One at a time, each gives what it gives alone."""
-    model = two_adapters(first, second)
+    model = two_adapters(first, second, kind)
     for name, placement in (("default", first), ("other", second)):
         model.set_adapter(name)
         assert {n for n, p in model.named_parameters() if p.requires_grad} == {
             n for n, _ in model.named_parameters() if f"bottleneck_adapter.{name}." in n
         }
         config = model.peft_config[name]
-        alone = get_peft_model(base_model(), BottleneckConfig(
+        alone = get_peft_model(base_model(kind), BottleneckConfig(
             placement=placement, bottleneck_size=config.bottleneck_size, activation=config.activation
         ))  # fmt: skip
         state = {
@@ -519,6 +520,7 @@ def test_a_configuration_that_cannot_be(options, error, words):
         (dict(target_modules="nothing.*"), "nothing"),
         (dict(target_modules=["mlp", "down_proj"]), r"layers\.0\.mlp\.down_proj is within .*layers\.0\.mlp"),
         (dict(layers_to_transform=[7]), "layers_to_transform"),
+        (dict(placement="parallel", target_modules=["down_proj"]), r"down_proj has 36 and 52"),
         (dict(bottleneck_size=None, reduction_factor=100), "reduction_factor 100.*36 features"),
     ],
     ids=str,

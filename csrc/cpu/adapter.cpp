@@ -1,13 +1,10 @@
 // Forward and backward of a bottleneck adapter, from the micro-kernels of generic/lora.h and generic/adapter.h. The
 // rows of the standard norm are x' = (x - mean) / deviation; norm(x) = weight * x' + bias.
 //
-//   forward    Z = norm(X) down^T + down_bias         split over rows
-//              A = scaling * dropout(activation(Z))
-//              Y = residual + A up^T + scaling * up_bias   split over panels of 64 columns
-//   backward   V = G up, then V = dL/dZ               split over rows
-//              grad_up, grad_up_bias = G^T [A, 1]     split over panels
-//              E = V^T X'                             split over panels
-//              dX = V down, through the norm          split over panels
+//   forward    Z = norm(X) down^T + down_bias, A = scaling * dropout(activation(Z))    split over rows
+//              Y = residual + A up^T + scaling * up_bias                               split over panels of 64 columns
+//   backward   V = G up, then V = dL/dZ                                                split over rows
+//              grad_up, grad_up_bias = G^T [A, 1], E = V^T X', dX = V down + ...       split over panels
 //
 // The norm's weight and bias go into the first product: with down' = down * weight,
 //
@@ -41,7 +38,7 @@ class Bottleneck {
   Bottleneck(const BottleneckAdapterArgs& args, const Threads& threads)
       : args_(args),
         threads_(threads),
-        ones_(args.D + 1, 1.0f),
+        ones_(args.D, 1.0f),
         z_constant_(args.D, 0.0f),
         segment_{0, args.D, philox::threshold_of(args.dropout), 0, 1.0f / (1.0f - args.dropout)},
         whole_{0, args.D, 0, 0, 1.0f} {
@@ -63,9 +60,8 @@ class Bottleneck {
 
   const float* down() const { return down_; }         // [D, H]; with a norm: times its weight, rows of mean zero
   const float* up_transposed() const { return up_; }  // [D, H]
-  const float* ones() const { return ones_.data(); }  // [D + 1]
-  float z_constant(int64_t j) const { return z_constant_[j]; }  // what Z has beside the product with x'
-  const float* z_constants() const { return z_constant_.data(); }
+  const float* ones() const { return ones_.data(); }  // [D]
+  const float* z_constant() const { return z_constant_.data(); }  // [D], what Z has beside the product with x'
   RowNorm norm() const { return norm_; }
   Dropout dropout() const { return dropout_; }
   Dropout no_dropout() const { return {&whole_, 1, 0, 0}; }
@@ -154,7 +150,7 @@ void bottleneck_adapter(const BottleneckAdapterArgs& args, const Threads& thread
   over_rows(threads, M, [&](int64_t begin, int64_t end) {
     table().bottleneck({.activation = args.activation,
                         .D = D,
-                        .bias = adapter.z_constants(),
+                        .bias = adapter.z_constant(),
                         .dropout = adapter.dropout(),
                         .scale = args.scaling,
                         .Z = args.Z,
@@ -259,7 +255,7 @@ void bottleneck_adapter_backward(const BottleneckAdapterBackwardArgs& backward, 
       const float rstd = adapter.norm().rstd[m];
       double dot = 0;
       for (int64_t j = 0; j < D; ++j) {
-        dot += static_cast<double>(V[m * D + j]) * (args.Z[m * D + j] - adapter.z_constant(j));
+        dot += static_cast<double>(V[m * D + j]) * (args.Z[m * D + j] - adapter.z_constant()[j]);
         V[m * D + j] *= rstd;
       }
       along[m] = static_cast<float>(-dot / H) * rstd * rstd;

@@ -149,8 +149,11 @@ void outer(const std::vector<OuterArgs>& list, DType dtype, const Threads& threa
 
 template <class T>
 void narrow(const float* D, int64_t rank, int64_t P, bool transposed, T* out, int64_t begin, int64_t end) {
-  for (int64_t j = 0; j < rank; ++j)
-    for (int64_t p = begin; p < end; ++p) out[transposed ? p * rank + j : j * P + p] = from_float<T>(D[j * P + p]);
+  const int64_t strip = transposed ? 16 : end - begin;  // as many lines of `out` as stay in L1 while they fill
+  for (int64_t first = begin; first < end; first += strip)
+    for (int64_t j = 0; j < rank; ++j)
+      for (int64_t p = first; p < std::min(first + strip, end); ++p)
+        out[transposed ? p * rank + j : j * P + p] = from_float<T>(D[j * P + p]);
 }
 
 // The gradient of one adapter's factor from its rows of D [R, P]: as they are for A, transposed for B.

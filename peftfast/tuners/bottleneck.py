@@ -205,12 +205,11 @@ def find_targets(config: BottleneckConfig, model: nn.Module) -> tuple[dict[str, 
             raise ValueError("exclude_modules and layers_to_transform leave no module for an adapter.")
         if isinstance(named, str):
             raise ValueError(f"target_modules {named!r} matches no module of the model.")
+        ends = {name.rpartition(".")[2] for name in found}
         near = {
             close
             for name in named
-            for close in difflib.get_close_matches(
-                name.rpartition(".")[2], {n.rpartition(".")[2] for n in found}, 3, cutoff=0.3
-            )
+            for close in difflib.get_close_matches(name.rpartition(".")[2], ends, cutoff=0.3)
         }
         raise ValueError(
             f"target_modules {', '.join(sorted(named))} match no module of the model that is not excluded"
@@ -246,23 +245,22 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     """A module with adapters on its output.
 
     Attributes, by the adapter's name:
-        bottleneck_adapter: `peftfast.nn.adapter.BottleneckAdapter`.
-        beside: whether the adapter reads the block's input, not its output.
+        bottleneck_adapter: `peftfast.nn.BottleneckAdapter`.
+        reads: what goes through the adapter: the "output" of the module, its "input", or that of the "block" which the
+            module is the end of.
     """
 
     adapter_layer_names = ("bottleneck_adapter",)
-    other_param_names = ("beside",)
+    other_param_names = ("reads",)
 
-    def __init__(self, base_layer: nn.Module, source: nn.Module | None) -> None:
+    def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.bottleneck_adapter = nn.ModuleDict()
-        self.beside: dict[str, bool] = {}
+        self.reads: dict[str, str] = {}
         self.merged_adapters = []
-        self._input: Tensor | None = None  # of the block, between its first module and this
+        self._block_input: Tensor | None = None  # between the block's first module and this
         self._hook: RemovableHandle | None = None
-        if source is not None and source is not base_layer:
-            self._hook = source.register_forward_pre_hook(self._keep_input)
 
     def __getattr__(self, name: str):
         """What a model asks of the module that this stands for."""
@@ -273,11 +271,21 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
                 raise
             return getattr(self.base_layer, name)
 
-    def _keep_input(self, source: nn.Module, args: tuple) -> None:
-        self._input = args[0]
+    def add(self, adapter_name: str, adapter: BottleneckAdapter, source: nn.Module | None) -> None:
+        """An adapter that reads the input of `source`, or None: the output of this module."""
+        self.bottleneck_adapter[adapter_name] = adapter
+        if source is None or source in (self, self.base_layer):
+            self.reads[adapter_name] = "output" if source is None else "input"
+            return
+        self.reads[adapter_name] = "block"
+        if self._hook is None:
+            self._hook = source.register_forward_pre_hook(self._keep_block_input, with_kwargs=True)
+
+    def _keep_block_input(self, source: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._block_input = _first_tensor(args, kwargs)
 
     def forward(self, *args, **kwargs):
-        kept, self._input = self._input, None
+        block_input, self._block_input = self._block_input, None
         result = self.base_layer(*args, **kwargs)
         active = [name for name in self.active_adapters if name in self.bottleneck_adapter]
         if self.disable_adapters or not active:
@@ -290,8 +298,8 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
             )
         for name in active:
             x = hidden
-            if self.beside[name]:
-                x = kept if self._hook is not None else _first_tensor(args, kwargs)
+            if self.reads[name] != "output":
+                x = block_input if self.reads[name] == "block" else _first_tensor(args, kwargs)
                 x = x.to(hidden.dtype)  # under autocast they may differ
             hidden = self.bottleneck_adapter[name](x, residual=hidden)
         return (hidden, *result[1:]) if isinstance(result, tuple) else hidden
@@ -344,6 +352,11 @@ class BottleneckModel(BaseTuner):
         self._targets = {}
         for name, target in targets.items():
             width = width_of(target, model)
+            inputs = getattr(target.module, "in_features", getattr(target.module, "nx", width))
+            if target.source == name and inputs != width:
+                raise ValueError(
+                    f"placement 'parallel' needs as many outputs as inputs, but {name} has {width} and {inputs}."
+                )
             self._targets[name] = target, width, peft_config.size_for(width, name)
 
     def _check_target_module_exists(self, peft_config: BottleneckConfig, key: str) -> bool | _ExcludedModule:
@@ -355,8 +368,7 @@ class BottleneckModel(BaseTuner):
         where, width, size = self._targets[current_key]
         layer = target
         if not isinstance(target, BottleneckLayer):
-            source = None if where.source is None else self.model.get_submodule(where.source)
-            layer = BottleneckLayer(target, source)
+            layer = BottleneckLayer(target)
             layer.training = target.training
         like = next((p for p in (*target.parameters(), *parent.parameters())), torch.empty(0))
         adapter = BottleneckAdapter(
@@ -370,8 +382,8 @@ class BottleneckModel(BaseTuner):
             dtype=like.dtype if like.dtype in (*DTYPES, torch.float64) else torch.float32,
             device=like.device,
         )
-        layer.bottleneck_adapter[adapter_name] = adapter.train(layer.training)
-        layer.beside[adapter_name] = where.source is not None
+        source = None if where.source is None else self.model.get_submodule(where.source)
+        layer.add(adapter_name, adapter.train(layer.training), source)
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.bottleneck_adapter.requires_grad_(False)  # until it is

@@ -66,15 +66,17 @@ PEFTFAST_INLINE void normalize(float mean, float rstd, int64_t count, float* x) 
 }
 
 // U = scale * dropout(norm(X)) A^T. Rows of X and of A are both contiguous along the reduction: dot products. A block
-// of X is widened, normalized and dropped once into L1 and meets every rank.
+// of X is widened, normalized and dropped once into L1 and meets every rank. More ranks than a part of A in L2 has
+// would read A again for every tile of rows: there, several tiles of X in L2 meet one part after the other.
 template <class S, class T>
 void down(const DownArgs& args, int64_t row_begin, int64_t row_end) {
-  constexpr int64_t block = 1024;
+  constexpr int64_t block = 1024, part = 32;  // of the reduction; of the ranks
+  const int64_t group = args.R > part ? 8 * S::tile_rows : S::tile_rows;
   thread_local Scratch scratch;
-  float* dropped = scratch.floats(S::tile_rows * block);
+  float* dropped = scratch.floats(group * block);
   const T* X = static_cast<const T*>(args.X);
-  for (int64_t m = row_begin; m < row_end; m += S::tile_rows) {
-    const int64_t rows = std::min<int64_t>(S::tile_rows, row_end - m);
+  for (int64_t m = row_begin; m < row_end; m += group) {
+    const int64_t rows = std::min(group, row_end - m);
     float* U = args.U + m * args.R;
     std::fill(U, U + rows * args.R, 0.0f);
     for (int64_t q = 0; q < args.Q; q += block) {
@@ -94,8 +96,10 @@ void down(const DownArgs& args, int64_t row_begin, int64_t row_end) {
               drop<S>(args.dropout, segment, (args.first_row + m + i) * args.Q + q, n, dropped + i * block);
           }
         }
-        dot_rows<S, float>(x, ldx, rows, args.A + segment.begin * args.Q + q, args.Q, segment.end - segment.begin, n,
-                           U + segment.begin, args.R);
+        for (int64_t j = segment.begin; j < segment.end; j += part)
+          for (int64_t i = 0; i < rows; i += S::tile_rows)
+            dot_rows<S, float>(x + i * ldx, ldx, std::min<int64_t>(S::tile_rows, rows - i), args.A + j * args.Q + q,
+                               args.Q, std::min(part, segment.end - j), n, U + i * args.R + j, args.R);
       }
     }
     for (int64_t i = 0; i < rows; ++i)
