@@ -95,13 +95,11 @@ def _dispatch(*arguments):
 
 def _check(x, parameters, activation, scaling, norm_eps, dropout, residual, seed) -> None:
     """One sentence for each argument that is wrong."""
-    optional = {name: value for name, value in parameters.items() if value is not None}
-    tensors = {"x": x, **optional}
-    tensors |= {name: parameters[name] for name in ("down_weight", "up_weight")}
-    tensors |= {name: t for name, t in (("residual", residual), ("seed", seed)) if t is not None}
-    if isinstance(scaling, Tensor):
-        tensors["scaling"] = scaling
+    tensors = {"x": x, **parameters, "residual": residual, "seed": seed}
+    tensors |= {"scaling": scaling} if isinstance(scaling, Tensor) else {}
     for name, value in tensors.items():
+        if value is None and name not in ("x", "down_weight", "up_weight"):
+            continue
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}.")
         if value.layout is not torch.strided:
@@ -127,7 +125,7 @@ def _check(x, parameters, activation, scaling, norm_eps, dropout, residual, seed
         raise TypeError(f"up_weight is {name_of(up.dtype)}, but down_weight is {name_of(down.dtype)}.")
     if parameters["norm_bias"] is not None and parameters["norm_weight"] is None:
         raise ValueError("norm_bias is there, but no norm_weight.")
-    if activation not in NUMBERS:
+    if not isinstance(activation, str) or activation not in NUMBERS:
         raise ValueError(f"activation is {activation!r}, expected one of {', '.join(NUMBERS)}.")
     if isinstance(scaling, Tensor):
         if scaling.numel() != 1:
