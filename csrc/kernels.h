@@ -12,15 +12,8 @@ namespace peftfast {
 
 enum class DType : uint8_t { f32, bf16, f16 };
 enum class FourBitType : uint8_t { nf4, fp4 };
+enum class Activation : uint8_t { identity, relu, gelu, gelu_tanh, silu, tanh };
 constexpr int dtype_count = 3;
-
-// Storage types of the 16-bit formats. Arithmetic happens in fp32 only.
-struct bf16 {
-  uint16_t bits;
-};
-struct f16 {
-  uint16_t bits;
-};
 
 // How a kernel reaches the threads of its host: run(begin, end, body, context) splits [begin, end) over at
 // most `count` threads and calls body(first, last, context) on each part.
@@ -31,13 +24,11 @@ struct Threads {
 
 // One adapter on a linear layer: Y += scaling * dropout(X) A^T B^T.
 struct LoraAdapter {
-  const void* A;  // [rank, K]
-  const void* B;  // [N, rank]
-  DType dtype;    // of A, B and their gradients
+  const void *A, *B;  // [rank, K]; [N, rank]
+  DType dtype;        // of A, B and their gradients
   int64_t rank;
   float scaling, dropout;  // a probability in [0, 1)
-  void* grad_A;            // [rank, K], out; null: not wanted (backward only)
-  void* grad_B;            // [N, rank], out; null: not wanted (backward only)
+  void *grad_A, *grad_B;   // like A and B, out; null: not wanted (backward only)
 };
 
 // A matrix in the format of fourbit_format.h. Element i is codebook[code i] * absmax[i / blocksize], where a nested
@@ -91,21 +82,18 @@ using LoraLinearBackwardArgs = BackwardArgs<LoraLinearArgs>;
 // experts[g] and the adapter slots[g], or none when that is negative.
 struct Groups {
   int64_t count;
-  const int64_t* offsets;  // [count + 1], ascending
-  const int64_t* experts;  // [count]
-  const int64_t* slots;    // [count]
+  const int64_t* offsets;          // [count + 1], ascending
+  const int64_t *experts, *slots;  // [count]
 };
 
 // Adapters of one rank, as many as there are slots.
 struct LoraStack {
   int64_t slots, rank;
   DType dtype;
-  const void* A;  // [slots, rank, K]
-  const void* B;  // [slots, N, rank] with strides: a stack is stored in several orders
+  const void *A, *B;  // [slots, rank, K]; [slots, N, rank] with strides: a stack is stored in several orders
   int64_t B_strides[3];
   float scaling, dropout;
-  void* grad_A;  // [slots, rank, K], out; null: not wanted (backward only)
-  void* grad_B;  // [slots, N, rank], contiguous, out; null: not wanted (backward only)
+  void *grad_A, *grad_B;  // like A and B, contiguous, out; null: not wanted (backward only)
 };
 
 // lora_linear for each group of rows. Rows of no group come out as zeros, and so do gradients of slots of no group.
@@ -122,7 +110,6 @@ struct GroupedLinearArgs {
   float* U;  // [M, rank], out
   void* Y;   // [M, N], out
 };
-
 using GroupedLinearBackwardArgs = BackwardArgs<GroupedLinearArgs>;
 
 // Y[t] = sum over k < top_k of weights[t, k] * X[places[t, k]]: what the experts of a token say, put together.
@@ -143,6 +130,32 @@ struct CombineBackwardArgs {
   float* grad_weights;  // [tokens, top_k], out; null: not wanted
 };
 
+// Y = residual + scaling * (dropout(activation(Z)) up^T + up_bias),  Z = norm(X) down^T + down_bias
+struct BottleneckAdapterArgs {
+  int64_t M, H, D;
+  DType dtype, parameters;   // of X, residual and Y; of down and up
+  const void *X, *residual;  // [M, H]; no residual: null
+  int64_t ldx, ld_residual;
+  const void *down, *up;                 // [D, H]; [H, D]
+  const float *down_bias, *up_bias;      // [D], [H]; each may be null
+  const float *norm_weight, *norm_bias;  // [H], of a LayerNorm; no norm: null
+  float norm_eps, scaling, dropout;
+  Activation activation;
+  const int64_t* seed;  // null when nothing drops
+  float* Z;             // [M, D], out
+  void* Y;              // [M, H], out
+};
+
+// From G = dL/dY. Gradients are out, of the shapes of what they belong to; null: not wanted.
+struct BottleneckAdapterBackwardArgs {
+  BottleneckAdapterArgs of;  // Z is read, Y and residual are not
+  const void* G;             // [M, H]
+  int64_t ldg;
+  bool residual_is_X;              // its gradient goes into dX too
+  void *dX, *grad_down, *grad_up;  // the latter in the dtype of the parameters
+  float *grad_down_bias, *grad_up_bias, *grad_norm_weight, *grad_norm_bias, *grad_scaling;
+};
+
 // W -> packed and absmax, plain. absmax comes out not finite where W is not.
 struct FourBitQuantizeArgs {
   int64_t count;
@@ -157,8 +170,7 @@ struct FourBitQuantizeArgs {
 // The second quantization: absmax -> 8-bit codes of absmax - offset.
 struct AbsmaxQuantizeArgs {
   int64_t blocks;
-  const float* absmax;         // [blocks]
-  const float *offset, *code;  // one; [256], ascending
+  const float *absmax, *offset, *code;  // [blocks]; one; [256], ascending
   int64_t blocksize;
   uint8_t* codes;        // [blocks], out
   float* nested_absmax;  // [ceil(blocks / blocksize)], out
@@ -172,6 +184,8 @@ struct FourBitDequantizeArgs {
 };
 
 namespace cpu {
+void bottleneck_adapter(const BottleneckAdapterArgs& args, const Threads& threads);
+void bottleneck_adapter_backward(const BottleneckAdapterBackwardArgs& args, const Threads& threads);
 void fourbit_quantize(const FourBitQuantizeArgs& args, const Threads& threads);
 void fourbit_quantize_absmax(const AbsmaxQuantizeArgs& args, const Threads& threads);
 void fourbit_dequantize(const FourBitDequantizeArgs& args, const Threads& threads);
@@ -181,19 +195,5 @@ void combine(const CombineArgs& args, const Threads& threads);
 void combine_backward(const CombineBackwardArgs& args, const Threads& threads);
 void lora_linear(const LoraLinearArgs& args, const Threads& threads);
 void lora_linear_backward(const LoraLinearBackwardArgs& args, const Threads& threads);
-
-// The instruction sets compiled in, best first, and the one in use. A PEFTFAST_CPU_ISA that cannot run throws
-// std::invalid_argument.
-struct IsaInfo {
-  const char* name;
-  bool supported;
-};
-int isa_count();
-IsaInfo isa_info(int index);
-const char* isa_in_use();
-
-// FLOP per second of back-to-back multiply-adds, as the kernels use them for `dtype`: the ceiling of a benchmark.
-double machine_peak(DType dtype, const Threads& threads);
-
 }  // namespace cpu
 }  // namespace peftfast

@@ -19,6 +19,7 @@ from peftfast.integrations.after_import import after_import
 __version__ = _C.version
 _C.isa_in_use()  # refuses a PEFTFAST_CPU_ISA that cannot run, here rather than at the first call
 __all__ = [
+    "BottleneckConfig",
     "ExpertLoraConfig",
     "ExpertProfile",
     "FallbackError",
@@ -38,6 +39,7 @@ __all__ = [
 
 # On demand: transformers and PEFT take seconds to import.
 _LATE = {
+    "BottleneckConfig": "peftfast.tuners.bottleneck",
     "FourBitConfig": "peftfast.integrations.transformers",
     "ExpertLoraConfig": "peftfast.tuners.expert_lora",
     "MixtureLoraConfig": "peftfast.tuners.mixture_lora",

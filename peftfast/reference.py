@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -329,3 +330,50 @@ def grouped_linear(
 def moe_combine(x: Tensor, weights: Tensor, places: Tensor) -> Tensor:
     """y[t] = sum over k of weights[t, k] * x[places[t, k]]; see `peftfast.ops.moe_combine`."""
     return (x[places] * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+
+
+# ---- bottleneck adapters -----------------------------------------------------------------------------------------
+
+ACTIVATIONS = {
+    "identity": lambda z: z,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+def bottleneck_adapter(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    *,
+    activation: str = "relu",
+    scaling: float | Tensor = 1.0,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    dropout: float = 0.0,
+    residual: Tensor | None = None,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """residual + scaling * up(dropout(activation(down(norm(x))))); see `peftfast.ops.bottleneck_adapter`.
+
+    Computed in the dtype of the weights, rounded once to that of x.
+    """
+
+    def like_weight(vector: Tensor | None) -> Tensor | None:
+        return None if vector is None else vector.to(down_weight.dtype)
+
+    z = x.to(down_weight.dtype)
+    if norm_weight is not None:
+        z = F.layer_norm(z, z.shape[-1:], like_weight(norm_weight), like_weight(norm_bias), norm_eps)
+    z = ACTIVATIONS[activation](F.linear(z, down_weight, like_weight(down_bias)))
+    if dropout > 0:
+        seed = torch.randint(2**63 - 1, (1,)) if seed is None else seed
+        z = z * dropout_mask(z.shape, dropout, seed).to(x.device) / (1 - dropout)
+    y = F.linear(z, up_weight, like_weight(up_bias)) * scaling
+    return (y if residual is None else residual + y).to(x.dtype)

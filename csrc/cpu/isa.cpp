@@ -1,3 +1,5 @@
+#include "isa.h"
+
 #include <array>
 #include <cstdlib>
 #include <stdexcept>

@@ -18,6 +18,25 @@ constexpr int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
+// `count` values in fp32.
+inline void widen(const void* source, int64_t count, DType dtype, float* out, const Threads& threads) {
+  constexpr int64_t chunk = 16384;  // of work that is worth a thread
+  parallel_for(threads, (count + chunk - 1) / chunk, [&](int64_t begin, int64_t end) {
+    begin *= chunk, end = std::min(end * chunk, count);
+    table().convert[static_cast<int>(dtype)](static_cast<const char*>(source) + begin * size_of(dtype), end - begin,
+                                             DType::f32, out + begin);
+  });
+}
+
+// B^T in fp32 [rank, N], of B [N, rank].
+inline void transpose(const void* B, int64_t N, int64_t rank, DType dtype, float* out, const Threads& threads) {
+  constexpr int64_t rows = 512;  // of work that is worth a thread
+  const TransposeArgs args{B, rank, out, N};
+  parallel_for(threads, (N + rows - 1) / rows, [&](int64_t begin, int64_t end) {
+    table().transpose[static_cast<int>(dtype)](args, begin * rows, std::min(end * rows, N));
+  });
+}
+
 // U = scale * dropout(X) A^T of the M rows of each.
 struct Down {
   DownArgs args;
@@ -130,8 +149,11 @@ void outer(const std::vector<OuterArgs>& list, DType dtype, const Threads& threa
 
 template <class T>
 void narrow(const float* D, int64_t rank, int64_t P, bool transposed, T* out, int64_t begin, int64_t end) {
-  for (int64_t j = 0; j < rank; ++j)
-    for (int64_t p = begin; p < end; ++p) out[transposed ? p * rank + j : j * P + p] = from_float<T>(D[j * P + p]);
+  const int64_t strip = transposed ? 16 : end - begin;  // as many lines of `out` as stay in L1 while they fill
+  for (int64_t first = begin; first < end; first += strip)
+    for (int64_t j = 0; j < rank; ++j)
+      for (int64_t p = first; p < std::min(first + strip, end); ++p)
+        out[transposed ? p * rank + j : j * P + p] = from_float<T>(D[j * P + p]);
 }
 
 // The gradient of one adapter's factor from its rows of D [R, P]: as they are for A, transposed for B.

@@ -16,6 +16,7 @@
 #include "../kernels.h"
 #include "../philox.h"
 #include "generic/convert.h"
+#include "isa.h"
 #include "linear.h"
 #include "scratch.h"
 #include "table.h"
@@ -60,12 +61,7 @@ class Adapters {
     int64_t row = 0;
     for (int i = 0; i < count_; row += adapters_[i].rank, ++i) {
       const LoraAdapter& a = adapters_[i];
-      float* out = A32 + row * K_;
-      parallel_for(threads, (a.rank * K_ + chunk - 1) / chunk, [&](int64_t begin, int64_t end) {
-        const char* source = static_cast<const char*>(a.A) + begin * chunk * size_of(a.dtype);
-        const int64_t n = std::min(end * chunk, a.rank * K_) - begin * chunk;
-        table().convert[static_cast<int>(a.dtype)](source, n, DType::f32, out + begin * chunk);
-      });
+      widen(a.A, a.rank * K_, a.dtype, A32 + row * K_, threads);
     }
     return A32;
   }
@@ -77,17 +73,12 @@ class Adapters {
     int64_t row = 0;
     for (int i = 0; i < count_; row += adapters_[i].rank, ++i) {
       const LoraAdapter& a = adapters_[i];
-      const TransposeArgs args{a.B, a.rank, B32 + row * N_, N_};
-      parallel_for(threads, (N_ + rows - 1) / rows, [&](int64_t begin, int64_t end) {
-        table().transpose[static_cast<int>(a.dtype)](args, begin * rows, std::min(end * rows, N_));
-      });
+      transpose(a.B, N_, a.rank, a.dtype, B32 + row * N_, threads);
     }
     return B32;
   }
 
  private:
-  static constexpr int64_t chunk = 16384, rows = 512;  // of work that is worth a thread
-
   const LoraAdapter* adapters_;
   int count_;
   int64_t K_, N_, rank_ = 0;

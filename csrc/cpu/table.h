@@ -37,7 +37,12 @@ struct TransposeArgs {
   int64_t N;
 };
 
-// U = scale * dropout(X) A^T, for rows [begin, end).
+// What a LayerNorm does to rows, but for its weight and bias: X becomes rstd[m] * (X[m, p] - mean[m]).
+struct RowNorm {
+  const float *mean, *rstd;  // [M]; null: nothing is done
+};
+
+// U = scale * dropout(norm(X)) A^T, for rows [begin, end).
 struct DownArgs {
   const void* X;  // [M, Q]
   int64_t ldx;
@@ -48,9 +53,17 @@ struct DownArgs {
   Dropout dropout;
   float* U;           // [M, R]
   int64_t first_row;  // of X, in the matrix that the dropout generator counts
+  RowNorm norm;
 };
 
-// Y = X W + bias + dropout(U L), for rows [row_begin, row_end) of the panel that starts at `column`.
+// Adds scale[m] * (X[m, p] - center[m]) to a result [M, P] of the same dtype.
+struct Addend {
+  const void* X;  // null: nothing is added
+  int64_t ld;
+  const float *scale, *center;  // [M]; null: X is added as it is
+};
+
+// Y = X W + bias + dropout(U L) + addends, for rows [row_begin, row_end) of the panel that starts at `column`.
 struct LinearArgs {
   int64_t M, P, Q;
   const void* X;  // [M, Q]
@@ -69,9 +82,10 @@ struct LinearArgs {
   DType out;          // of Y; X may be in another one
   int64_t first_row;  // of X, in the matrix that the dropout generator counts
   bool bf16_codes;    // few rows: the values that 4-bit codes stand for may be rounded to bf16
+  Addend addends[2];  // not beside a 4-bit W
 };
 
-// D = V^T dropout(X), for the panel of columns that starts at `column`. Each segment writes to its own gradient.
+// D = V^T dropout(norm(X)), for the panel of columns that starts at `column`. Each segment writes to its own gradient.
 struct OuterArgs {
   const float* V;  // [M, R]
   int64_t R;
@@ -82,6 +96,30 @@ struct OuterArgs {
   float* D;           // [R, P]
   int64_t first_row;  // of X, in the matrix that the dropout generator counts
   bool accumulate;    // adds to D
+  RowNorm norm;
+};
+
+// Mean and 1 / sqrt(variance + eps) of each row of X.
+struct MomentsArgs {
+  const void* X;  // [M, Q]
+  int64_t ldx, Q;
+  float eps;
+  float *mean, *rstd;  // [M], out
+};
+
+// The bottleneck of an adapter. Forward: Z += bias, A = scale * dropout(activation(Z)).
+// Backward: A = [dropout(activation(Z)), 1], dot[m] = A[m] . V[m] without the 1, V *= scale * dropout' *
+// activation'(Z).
+struct BottleneckArgs {
+  Activation activation;
+  int64_t D;
+  const float* bias;  // [D] or null
+  Dropout dropout;    // of one segment
+  float scale;
+  float* Z;    // [M, D]
+  float* A;    // [M, D], out; backward: [M, D + 1]
+  float* V;    // [M, D], backward only: dL/dA
+  float* dot;  // [M], out, backward only
 };
 
 struct Table {
@@ -93,6 +131,9 @@ struct Table {
   void (*convert[dtype_count])(const void* x, int64_t count, DType to, void* out);  // to f32 or bf16
   void (*combine[dtype_count])(const CombineArgs& args, int64_t token_begin, int64_t token_end);
   void (*combine_backward[dtype_count])(const CombineBackwardArgs& args, int64_t token_begin, int64_t token_end);
+  void (*moments[dtype_count])(const MomentsArgs& args, int64_t row_begin, int64_t row_end);
+  void (*bottleneck)(const BottleneckArgs& args, int64_t row_begin, int64_t row_end);
+  void (*bottleneck_backward)(const BottleneckArgs& args, int64_t row_begin, int64_t row_end);
   // Whether few rows of X must be arranged before they meet a 4-bit W with Q columns, and the arranging of one: [Q] to
   // [arranged_size(Q)].
   int64_t (*arranged_size)(int64_t Q);  // 0: they are taken as they are

@@ -71,14 +71,14 @@ struct Gradients {
   }
 };
 
-// A bias in fp32, or none.
+// A bias, or another vector, in fp32, or none.
 class Bias {
  public:
-  Bias(const std::optional<Tensor>& bias, int64_t N) {
+  Bias(const std::optional<Tensor>& bias, int64_t N, const char* name = "bias") {
     if (!bias.has_value()) return;
-    STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == N, "bias has shape ", shape_text(*bias),
+    STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == N, name, " has shape ", shape_text(*bias),
                     ", expected [", N, "] on the CPU.");
-    dtype_of(*bias, "bias");
+    dtype_of(*bias, name);
     fp32_ =
         as_contiguous(bias->scalar_type() == ScalarType::Float ? *bias : torch::stable::to(*bias, ScalarType::Float));
   }

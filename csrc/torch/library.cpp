@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "adapter.h"
 #include "fourbit.h"
 #include "lora.h"
 #include "moe.h"
@@ -48,10 +49,22 @@ STABLE_TORCH_LIBRARY(peftfast, library) {
   def("moe_combine(Tensor x, Tensor? weights, Tensor places) -> Tensor");
   def("moe_combine_backward(Tensor grad_y, Tensor x, Tensor? weights, Tensor places, bool want_weights) "
       "-> (Tensor grad_x, Tensor grad_weights)");
+
+  // scaling stands for a learned_scaling that is missing. The gradients come in the order of the tensors, x first.
+  const std::string adapter =
+      "Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, Tensor? norm_weight, "
+      "Tensor? norm_bias, Tensor? learned_scaling, ";
+  def("bottleneck_adapter(Tensor x, Tensor? residual, " + adapter +
+      "float scaling, int activation, float norm_eps, float dropout, Tensor? seed, bool residual_is_x) "
+      "-> (Tensor y, Tensor z)");
+  def("bottleneck_adapter_backward(Tensor grad_y, Tensor x, " + adapter +
+      "Tensor z, float scaling, int activation, float norm_eps, float dropout, Tensor? seed, bool residual_is_x, "
+      "bool[] want) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(peftfast, CPU, library) {
   peftfast::register_lora(library);
   peftfast::register_fourbit(library);
   peftfast::register_moe(library);
+  peftfast::register_adapter(library);
 }

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "../cpu/isa.h"
 #include "checks.h"
 
 namespace {

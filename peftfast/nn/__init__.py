@@ -1,6 +1,7 @@
 """Thin modules over the operators, for those who use no PEFT."""
 
+from peftfast.nn.adapter import BottleneckAdapter
 from peftfast.nn.fourbit import Linear4bit, quantize_linears
 from peftfast.nn.lora import LoraLinear
 
-__all__ = ["Linear4bit", "LoraLinear", "quantize_linears"]
+__all__ = ["BottleneckAdapter", "Linear4bit", "LoraLinear", "quantize_linears"]

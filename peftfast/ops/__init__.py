@@ -1,5 +1,6 @@
 """The operators. Each is a typed function over a `torch.library` operator of the namespace `peftfast`."""
 
+from peftfast.ops.adapter import bottleneck_adapter
 from peftfast.ops.fourbit import (
     FourBitWeight,
     NestedAbsmax,
@@ -13,6 +14,7 @@ from peftfast.ops.moe import grouped_linear, moe_combine
 __all__ = [
     "FourBitWeight",
     "NestedAbsmax",
+    "bottleneck_adapter",
     "fourbit_dequantize",
     "fourbit_linear",
     "fourbit_quantize",

@@ -8,7 +8,17 @@
 
 #define PEFTFAST_INLINE [[gnu::always_inline]] inline
 
-namespace peftfast::cpu {
+namespace peftfast {
+
+// Storage types of the 16-bit formats. Arithmetic happens in fp32 only.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+namespace cpu {
 namespace {
 
 template <class To, class From>
@@ -68,4 +78,5 @@ inline f16 from_float<f16>(float x) {
 }
 
 }  // namespace
-}  // namespace peftfast::cpu
+}  // namespace cpu
+}  // namespace peftfast

@@ -5,6 +5,7 @@
 
 #include "../scratch.h"
 #include "../table.h"
+#include "adapter.h"
 #include "dropout.h"
 #include "fourbit.h"
 #include "gemm.h"
@@ -55,16 +56,27 @@ void transpose(const TransposeArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// U = scale * dropout(X) A^T. Rows of X and of A are both contiguous along the reduction: dot products. A block of X is
-// widened and dropped once into L1 and meets every rank.
+// x = rstd * (x - mean)
+template <class S>
+PEFTFAST_INLINE void normalize(float mean, float rstd, int64_t count, float* x) {
+  int64_t i = 0;
+  for (; i + S::width <= count; i += S::width)
+    S::store(x + i, S::mul(S::set1(rstd), S::add(S::load(x + i), S::set1(-mean))));
+  for (; i < count; ++i) x[i] = rstd * (x[i] - mean);
+}
+
+// U = scale * dropout(norm(X)) A^T. Rows of X and of A are both contiguous along the reduction: dot products. A block
+// of X is widened, normalized and dropped once into L1 and meets every rank. More ranks than a part of A in L2 has
+// would read A again for every tile of rows: there, several tiles of X in L2 meet one part after the other.
 template <class S, class T>
 void down(const DownArgs& args, int64_t row_begin, int64_t row_end) {
-  constexpr int64_t block = 1024;
+  constexpr int64_t block = 1024, part = 32;  // of the reduction; of the ranks
+  const int64_t group = args.R > part ? 8 * S::tile_rows : S::tile_rows;
   thread_local Scratch scratch;
-  float* dropped = scratch.floats(S::tile_rows * block);
+  float* dropped = scratch.floats(group * block);
   const T* X = static_cast<const T*>(args.X);
-  for (int64_t m = row_begin; m < row_end; m += S::tile_rows) {
-    const int64_t rows = std::min<int64_t>(S::tile_rows, row_end - m);
+  for (int64_t m = row_begin; m < row_end; m += group) {
+    const int64_t rows = std::min(group, row_end - m);
     float* U = args.U + m * args.R;
     std::fill(U, U + rows * args.R, 0.0f);
     for (int64_t q = 0; q < args.Q; q += block) {
@@ -73,18 +85,21 @@ void down(const DownArgs& args, int64_t row_begin, int64_t row_end) {
         const Segment& segment = args.dropout.segments[s];
         const float* x = dropped;
         int64_t ldx = block;
-        if (std::is_same_v<T, float> && segment.threshold == 0) {
+        if (std::is_same_v<T, float> && segment.threshold == 0 && !args.norm.mean) {
           x = reinterpret_cast<const float*>(X) + m * args.ldx + q;
           ldx = args.ldx;
         } else {
           for (int64_t i = 0; i < rows; ++i) {
             convert<S>(X + (m + i) * args.ldx + q, n, dropped + i * block);
+            if (args.norm.mean) normalize<S>(args.norm.mean[m + i], args.norm.rstd[m + i], n, dropped + i * block);
             if (segment.threshold)
               drop<S>(args.dropout, segment, (args.first_row + m + i) * args.Q + q, n, dropped + i * block);
           }
         }
-        dot_rows<S, float>(x, ldx, rows, args.A + segment.begin * args.Q + q, args.Q, segment.end - segment.begin, n,
-                           U + segment.begin, args.R);
+        for (int64_t j = segment.begin; j < segment.end; j += part)
+          for (int64_t i = 0; i < rows; i += S::tile_rows)
+            dot_rows<S, float>(x + i * ldx, ldx, std::min<int64_t>(S::tile_rows, rows - i), args.A + j * args.Q + q,
+                               args.Q, std::min(part, segment.end - j), n, U + i * args.R + j, args.R);
       }
     }
     for (int64_t i = 0; i < rows; ++i)
@@ -250,6 +265,23 @@ class LinearPanel {
         const typename S::F b = valid >= S::width ? S::load(bias) : valid > 0 ? load_first<S>(bias, valid) : S::zero();
         for (int i = 0; i < rows; ++i) c[i][j] = S::add(c[i][j], b);
       }
+    for (const Addend& addend : args_.addends)
+      if (addend.X != nullptr) add<rows>(c, addend, m, p);
+  }
+
+  template <int rows>
+  PEFTFAST_INLINE void add(Accumulators<S, rows>& c, const Addend& addend, int64_t m, int64_t p) {
+    for (int i = 0; i < rows; ++i) {
+      const T* x = static_cast<const T*>(addend.X) + (m + i) * addend.ld + column_ + p;
+      const float scale = addend.scale ? addend.scale[m + i] : 1.0f, center = addend.center ? addend.center[m + i] : 0;
+      for (int j = 0; j < S::tile_vectors; ++j) {
+        const int64_t valid = columns_ - p - j * S::width;
+        if (valid <= 0) break;
+        const typename S::F value =
+            valid >= S::width ? S::load(x + j * S::width) : load_first<S>(x + j * S::width, valid);
+        c[i][j] = S::fma(S::set1(scale), S::add(value, S::set1(-center)), c[i][j]);
+      }
+    }
   }
 
   // The words of the whole panel's row are made with its first tile and serve the tiles beside it, as long as one
@@ -327,8 +359,8 @@ void linear(const LinearArgs& args, int64_t column, int64_t row_begin, int64_t r
   LinearPanel<S, T>(args, column).run(row_begin, row_end);
 }
 
-// D = V^T dropout(X), one panel of columns over all rows. X is the panel here, packed, widened and dropped a block of
-// rows at a time; the ranks are the rows of the tile.
+// D = V^T dropout(norm(X)), one panel of columns over all rows. X is the panel here, packed, widened, normalized and
+// dropped a block of rows at a time; the ranks are the rows of the tile.
 template <class S, class T>
 void outer(const OuterArgs& args, int64_t column) {
   using Mode = Widened<S, float, float>;
@@ -345,6 +377,10 @@ void outer(const OuterArgs& args, int64_t column) {
       const Segment& segment = args.dropout.segments[s];
       if (s == 0 || segment.threshold || args.dropout.segments[s - 1].threshold) {
         pack_straight<Mode>(X + m * args.ldx, args.ldx, columns, rows, panel, block * NR);
+        if (args.norm.mean)
+          for (int64_t p = 0; p < columns; p += NR)
+            for (int64_t i = 0; i < rows; ++i)
+              normalize<S>(args.norm.mean[m + i], args.norm.rstd[m + i], NR, panel + (p / NR * block + i) * NR);
         if (segment.threshold)
           for (int64_t i = 0; i < rows; ++i) {
             uint32_t buffer[panel_columns + random_slack<S>];
@@ -417,6 +453,9 @@ constexpr Table make_table() {
       {convert<S, float>, convert<S, bf16>, convert<S, f16>},
       {combine<S, float>, combine<S, bf16>, combine<S, f16>},
       {combine_backward<S, float>, combine_backward<S, bf16>, combine_backward<S, f16>},
+      {moments<S, float>, moments<S, bf16>, moments<S, f16>},
+      bottleneck<S>,
+      bottleneck_backward<S>,
       arranged_size<S>,
       arrange<S>,
       {fourbit_quantize<S, float>, fourbit_quantize<S, bf16>, fourbit_quantize<S, f16>},
