@@ -122,7 +122,7 @@ def report(model: nn.Module) -> Report:
             continue
         on, _ = forwards.in_force(layer)
         reason = library.why_not(layer) if on else "peftfast is not enabled"
-        found.append(LayerReport(name, f"{library.NAME}.{type(layer).__name__}", reason is None, reason))
+        found.append(LayerReport(name, library.kind_of(layer), reason is None, reason))
         if reason is None:
             fused_with_adapter.add(getattr(layer, "base_layer", None))
     return Report(found)
@@ -133,7 +133,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModuleType]]:
     libraries = forwards.libraries()
     for name, layer in model.named_modules():
         for library in libraries:
-            if isinstance(layer, library.LAYER):
+            if library.answers_for(layer):
                 yield name, layer, library
 
 
