@@ -59,12 +59,15 @@ class Report:
         lines = [self.summary]
         for reason, layers in by_reason.items():
             lines.append(f"  {reason} ({len(layers)})")
-            lines += [f"    {layer.name}" for layer in layers]
+            lines += [f"    {layer.name or 'the model itself'}" for layer in layers]
         return "\n".join(lines)
 
 
 def enable(strict: bool = False) -> None:
     """Runs PEFT's adapted layers and bitsandbytes' 4-bit layers of every model on the fused operators.
+
+    Prefix tuning, prompt tuning and p-tuning compute what the samples of a batch have in common once, and train under
+    gradient checkpointing and on packed batches, where the documents of a row are told apart by position_ids.
 
     Whether a model is made or wrapped before or after this call makes no difference.
 
@@ -91,7 +94,7 @@ def enabled(strict: bool = False) -> Iterator[None]:
 
 
 def accelerate(model: nn.Module, strict: bool = False) -> nn.Module:
-    """Runs the adapted and 4-bit layers that `model` has now on the fused operators and leaves all other models alone.
+    """Does for the adapters, prompts and 4-bit layers that `model` has now what `enable` does, and for no other model.
 
     Returns:
         `model` itself. A deepcopy of it is accelerated too.
@@ -101,7 +104,7 @@ def accelerate(model: nn.Module, strict: bool = False) -> nn.Module:
     layers = [layer for _, layer, _ in _layers(model)]
     if not layers:
         raise ValueError(
-            "model has no LoRA layers of PEFT and no 4-bit layers of bitsandbytes: "
+            "model has no LoRA layers, prefix or prompt of PEFT and no 4-bit layers of bitsandbytes: "
             "call get_peft_model before accelerate."
         )
     for layer in layers:
@@ -113,7 +116,8 @@ def accelerate(model: nn.Module, strict: bool = False) -> nn.Module:
 def report(model: nn.Module) -> Report:
     """Which path each adapted layer and each 4-bit layer of bitsandbytes runs, as things stand, and why it falls back.
 
-    A 4-bit layer under an adapter is an entry of its own only where the two do not run as one. What only shows with
+    A 4-bit layer under an adapter is an entry of its own only where the two do not run as one; a prefix or a prompt is
+    one for its whole model. What only shows with
     an input (its dtype, say) is known once the layer has run.
     """
     found, fused_with_adapter = [], set()
