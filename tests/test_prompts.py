@@ -38,6 +38,12 @@ CONFIGS = {
     "qwen3": transformers.Qwen3Config(
         **DECODER, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
     ),
+    "gemma3": transformers.Gemma3TextConfig(
+        **DECODER,
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention"],
+        query_pre_attn_scalar=10,
+    ),
     "gpt2": transformers.GPT2Config(**GPT2, **NO_DROPOUT),
 }
 METHODS = {
@@ -185,6 +191,21 @@ def test_without_labels_and_in_eval_mode(architecture, method):
     for mine, yours in zip(ours.past_key_values.layers, theirs.past_key_values.layers):
         if mine.keys.shape == yours.keys.shape:  # PEFT's keep what is in the sliding window
             assert relative_error(mine.keys, yours.keys) < 1e-6
+
+
+@main_methods
+@reentrant
+def test_autocast(method, use_reentrant):
+    model = tuned(base_model(), method)
+    with torch.autocast("cpu", BF16):
+        theirs, expected = step(model, inputs(padded=True))
+        ours, gradients = on(model, inputs(padded=True))
+        again, gradients_again = on(checkpointed(copy.deepcopy(model), use_reentrant), inputs(padded=True))
+    assert ours.logits.dtype == theirs.logits.dtype
+    assert relative_error(ours.logits, theirs.logits) < 2e-2
+    assert_same(gradients, expected, 5e-2)
+    assert relative_error(again.loss, ours.loss) < 1e-6
+    assert_same(gradients_again, gradients)
 
 
 @methods

@@ -203,7 +203,8 @@ def _prompt_forward(
         return call(return_dict=inputs["return_dict"])
 
     use_cache = kwargs.pop("use_cache", None)
-    use_cache = base.config.use_cache if use_cache is None else use_cache
+    if use_cache is None:
+        use_cache = getattr(base.config.get_text_config(), "use_cache", False)
     checkpointed = _is_checkpointed(base)
     with _checkpointing_with_cache(base):
         outputs = call(return_dict=True, past_key_values=cache, use_cache=use_cache and not checkpointed)
@@ -526,6 +527,8 @@ def _why_not_call(
         return None
     base = model.base_model
     config = base.config.get_text_config()
+    if config is not base.config:
+        return "packed documents take a model of text alone"
     if config._attn_implementation not in ("eager", "sdpa"):
         return f"packed documents take attention of kind eager or sdpa, not {config._attn_implementation}"
     if not getattr(base, "_supports_attention_backend", False):
