@@ -372,6 +372,8 @@ def test_checkpointing(architecture, method, use_reentrant):
         hook.remove()
         assert relative_error(outputs.logits, expected.logits) < 1e-6
         assert_same(gradients, expected_gradients)
+        cache = outputs.past_key_values
+        assert cache is None or ("prefix" in method and cache.get_seq_length() == VIRTUAL)  # nothing is kept there
     # Forward and again in backward; of a prompt that runs on its own, the pass over it is not checkpointed.
     assert len(calls) == (4 if "prefix" in method else 6)
     assert twin.is_activation_checkpointing
