@@ -373,7 +373,9 @@ def test_checkpointing(architecture, method, use_reentrant):
         assert relative_error(outputs.logits, expected.logits) < 1e-6
         assert_same(gradients, expected_gradients)
         cache = outputs.past_key_values
-        assert cache is None or ("prefix" in method and cache.get_seq_length() == VIRTUAL)  # nothing is kept there
+        assert cache is None or (
+            "prefix" in method and cache.get_seq_length() == VIRTUAL
+        )  # nothing is kept there
     # Forward and again in backward; of a prompt that runs on its own, the pass over it is not checkpointed.
     assert len(calls) == (4 if "prefix" in method else 6)
     assert twin.is_activation_checkpointing
@@ -737,6 +739,23 @@ def test_fallbacks(case):
     assert peftfast.report(model)[0].reason == reason
     model(**inputs())
     assert peftfast.report(model)[0].fast
+
+
+def test_a_model_without_position_ids():
+    model = tuned(
+        base_model(transformers.BloomConfig(vocab_size=61, hidden_size=36, n_layer=2, n_head=4)), "prompt"
+    )
+    ours, _ = on(model, inputs(padded=True))
+    assert relative_error(ours.logits, model(**inputs(padded=True)).logits) < 1e-6
+    with peftfast.enabled(strict=True), pytest.raises(peftfast.FallbackError, match="takes no position_ids"):
+        model(**inputs(), position_ids=torch.arange(11)[None])
+
+
+def test_a_prefix_takes_the_place_of_past_key_values():
+    model = tuned(base_model())
+    theirs, _ = step(model, inputs() | dict(past_key_values=transformers.DynamicCache()))
+    ours, _ = on(model, inputs() | dict(past_key_values=transformers.DynamicCache()))
+    assert relative_error(ours.logits, theirs.logits) < 1e-6
 
 
 def test_methods_without_a_path():

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from functools import partial
+from inspect import signature
 
 import torch
 from peft import (
@@ -152,14 +153,14 @@ def _prefix_forward(
     samples, length = given.shape[:2]
     if _is_checkpointed(base):
         kwargs["use_cache"] = False
-    cache = model.get_prompt(samples, max_cache_len=length + virtual)
+    if position_ids is not None:
+        kwargs["position_ids"] = position_ids + virtual
+    cache = kwargs["past_key_values"] = model.get_prompt(samples, max_cache_len=length + virtual)
     dtype = model.word_embeddings.weight.dtype
     with _checkpointing_with_cache(base):
         return base(
             **inputs,
             attention_mask=_mask(model, attention_mask, documents, virtual, cache, dtype, given.device),
-            position_ids=None if position_ids is None else position_ids + virtual,
-            past_key_values=cache,
             **kwargs,
         )
 
@@ -177,9 +178,7 @@ def _prompt_forward(
     if embeds is None:
         embeds = model.word_embeddings(inputs["input_ids"])
     samples = embeds.shape[0]
-    prompt = model.get_prompt(
-        1
-    )  # [1, virtual, H], in its own dtype: there its gradient is summed over the batch
+    prompt = model.get_prompt(1)  # [1, virtual, H]; in its own dtype its gradient is summed over the batch
     shared = _shared(model, embeds, attention_mask, documents, kwargs)
     cache, shared_logits = _run_shared(base, prompt[:, :shared].to(embeds.dtype), samples)
 
@@ -190,19 +189,18 @@ def _prompt_forward(
         labels = pad(labels, (virtual - shared, 0), value=-100)
     if position_ids is not None:
         own = torch.arange(shared, virtual, device=position_ids.device).expand(len(position_ids), -1)
-        position_ids = torch.cat((own, position_ids + virtual), dim=1)
+        kwargs["position_ids"] = torch.cat((own, position_ids + virtual), dim=1)
     call = partial(
         base,
         inputs_embeds=torch.cat((prompt, embeds), dim=1),
         attention_mask=mask,
-        position_ids=position_ids,
         labels=labels,
         **kwargs,
     )
     if cache is None:
         return call(return_dict=inputs["return_dict"])
 
-    use_cache = kwargs.pop("use_cache", None)
+    use_cache = kwargs.get("use_cache")
     if use_cache is None:
         use_cache = getattr(base.config.get_text_config(), "use_cache", False)
     checkpointed = _is_checkpointed(base)
@@ -224,9 +222,9 @@ def _shared(
 ) -> int:
     """How many leading virtual tokens run once for the batch: all but the last, or none.
 
-    None where outputs would show it, where chance or routing make samples differ, and where it does not pay: to run
-    them saves 12 H² multiply-adds per token and layer in the projections; but attention to a cache takes a mask, of
-    which torch computes what is hidden too: length² H more per sample and layer.
+    None of them does where outputs would show it, where dropout makes samples differ, and where it does not pay: a
+    token less saves about 12 H² multiply-adds in each layer's projections; but attention to a cache takes a mask, of
+    which torch computes what is hidden too, length² H multiply-adds more per sample and layer.
     """
     base, virtual = model.base_model, model.active_peft_config.num_virtual_tokens
     samples, length, hidden = embeds.shape
@@ -521,6 +519,8 @@ def _why_not_call(
         return "its forward was given past_key_values"
     if position_ids is not None and position_ids.dim() != 2:
         return f"its position_ids have {position_ids.dim()} dimensions"
+    if position_ids is not None and "position_ids" not in signature(model.base_model.forward).parameters:
+        return f"a {type(model.base_model).__name__} takes no position_ids"
     samples = (input_ids if input_ids is not None else inputs_embeds).shape[0]
     prepared = isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.dim() == 4)
     if not prepared and _documents(attention_mask, position_ids, samples) is None:
