@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -88,12 +88,15 @@ class Report:
             lines.append("  dense: " + ", ".join(entries))
         for reason, layers in by_reason.items():
             lines.append(f"  {reason} ({len(layers)})")
-            lines += [f"    {layer.name}" for layer in layers]
+            lines += [f"    {layer.name or 'the model itself'}" for layer in layers]
         return "\n".join(lines)
 
 
 def enable(strict: bool = False) -> None:
     """Runs PEFT's adapted layers and bitsandbytes' 4-bit layers of every model on the fused operators.
+
+    Prefix tuning, prompt tuning and p-tuning compute what the samples of a batch have in common once, and train under
+    gradient checkpointing and on packed batches, where the documents of a row are told apart by position_ids.
 
     Whether a model is made or wrapped before or after this call makes no difference.
 
@@ -120,7 +123,7 @@ def enabled(strict: bool = False) -> Iterator[None]:
 
 
 def accelerate(model: nn.Module, strict: bool = False) -> nn.Module:
-    """Runs the adapted and 4-bit layers that `model` has now on the fused operators and leaves all other models alone.
+    """Does for the adapters, prompts and 4-bit layers that `model` has now what `enable` does, and for no other model.
 
     Returns:
         `model` itself. A deepcopy of it is accelerated too.
@@ -130,7 +133,7 @@ def accelerate(model: nn.Module, strict: bool = False) -> nn.Module:
     layers = [layer for _, layer, _ in _layers(model)]
     if not layers:
         raise ValueError(
-            "model has no LoRA layers of PEFT and no 4-bit layers of bitsandbytes: "
+            "model has no LoRA layers, prefix or prompt of PEFT and no 4-bit layers of bitsandbytes: "
             "call get_peft_model before accelerate."
         )
     for layer in layers:
@@ -143,54 +146,28 @@ def report(model: nn.Module) -> Report:
     """Which path each adapted layer and each 4-bit layer of bitsandbytes runs, as things stand, and why it falls back;
     and which weights are in 4 bits.
 
-    A 4-bit layer under an adapter is an entry of its own only where the two do not run as one. What only shows with
-    an input (its dtype, say) is known once the layer has run.
+    A 4-bit layer under an adapter is an entry of its own only where the two do not run as one; a prefix or a prompt is
+    one for its whole model. What only shows with an input (its dtype, say) is known once the layer has run.
     """
     found, fused_with_adapter = [], set()
     for name, layer, library in _layers(model):
         if layer in fused_with_adapter:
             continue
-        on = _is_always_on(layer) or forwards.in_force(layer)[0]
+        on = library.always_on(layer) or forwards.in_force(layer)[0]
         reason = library.why_not(layer) if on else "peftfast is not enabled"
-        found.append(LayerReport(name, f"{library.NAME}.{type(layer).__name__}", reason is None, reason))
+        found.append(LayerReport(name, library.kind_of(layer), reason is None, reason))
         if reason is None:
             fused_with_adapter.add(getattr(layer, "base_layer", None))
     return Report(found, *_weights(model))
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModuleType | SimpleNamespace]]:
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModuleType]]:
     """Name, layer and the integration that knows it, of all layers that might be fused, adapters before their bases."""
     libraries = forwards.libraries()
     for name, layer in model.named_modules():
-        if _is_of_tuners(layer):
-            yield name, layer, SimpleNamespace(NAME="peftfast", why_not=_why_not)
-            continue
         for library in libraries:
-            if isinstance(layer, library.LAYER):
+            if library.answers_for(layer):
                 yield name, layer, library
-
-
-def _is_of_tuners(layer: nn.Module) -> bool:
-    """Whether it is an adapted layer of a method of peftfast's own."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return isinstance(layer, BaseTunerLayer) and type(layer).__module__.startswith("peftfast.tuners.")
-
-
-def _is_always_on(layer: nn.Module) -> bool:
-    """Whether the layer's own forward is the fast path: there is none but peftfast's."""
-    from peftfast.integrations.expert_adapters import ParamWrapper
-
-    return isinstance(layer, ParamWrapper) or _is_of_tuners(layer)
-
-
-def _why_not(layer: nn.Module) -> str | None:
-    """Of a layer of peftfast's own method; some can say why they run in plain torch."""
-    if layer.disable_adapters:
-        return "its adapters are disabled, the base layer runs alone"
-    if layer.merged:
-        return "its adapters are merged into the base weight"
-    return layer.why_not() if hasattr(layer, "why_not") else None
 
 
 def _weights(model: nn.Module) -> tuple[dict[str, str], dict[str, torch.dtype]]:
@@ -201,7 +178,7 @@ def _weights(model: nn.Module) -> tuple[dict[str, str], dict[str, torch.dtype]]:
     from peftfast.integrations import experts
     from peftfast.nn import Linear4bit
 
-    of_bitsandbytes = [library.LAYER for library in forwards.libraries() if library.NAME == "bitsandbytes"]
+    bitsandbytes = [library for library in forwards.libraries() if library.NAME == "bitsandbytes"]
     fourbit, dense, adapters = {}, {}, set()
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
@@ -211,7 +188,7 @@ def _weights(model: nn.Module) -> tuple[dict[str, str], dict[str, torch.dtype]]:
         if module in adapters:
             continue
         name = name.replace(".base_layer", "")
-        if isinstance(module, (Linear4bit, *of_bitsandbytes)):
+        if isinstance(module, Linear4bit) or any(library.answers_for(module) for library in bitsandbytes):
             fourbit[name] = "linear layer"
         elif type(module) is nn.Linear or isinstance(module, Conv1D):
             dense[name] = module.weight.dtype

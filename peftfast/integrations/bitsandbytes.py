@@ -13,7 +13,7 @@ import torch
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit, LinearFP4, LinearNF4, Params4bit
 from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftfast.integrations.bases import KINDS, autocast_dtype, is_plain_tensor, why_not_input
 from peftfast.integrations.forwards import last_fallback, stand_in, why_not_reached
@@ -21,11 +21,23 @@ from peftfast.ops import fourbit
 from peftfast.ops.lora import DTYPES, KERNEL_DEVICES
 from peftfast.reference import FOURBIT_BLOCKSIZES, FOURBIT_CODEBOOKS, FourBitWeight, NestedAbsmax
 
-NAME, LAYER = "bitsandbytes", Linear4bit
+NAME = "bitsandbytes"
 
 
-def stand_ins() -> Iterator[tuple[type, Callable]]:
-    yield Linear4bit, lambda original: stand_in(original, NAME, _at_rest, _why_not_call, _fused)
+def answers_for(module: nn.Module) -> bool:
+    return isinstance(module, Linear4bit)
+
+
+def kind_of(layer: Linear4bit) -> str:
+    return f"{NAME}.{type(layer).__name__}"
+
+
+def always_on(layer: Linear4bit) -> bool:
+    return False
+
+
+def stand_ins() -> Iterator[tuple[type, str, Callable]]:
+    yield Linear4bit, "forward", lambda original: stand_in(original, NAME, _at_rest, _why_not_call, _fused)
 
 
 def why_not(layer: Linear4bit) -> str | None:

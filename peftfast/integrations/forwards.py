@@ -39,24 +39,27 @@ class Switch:
 
 switch = Switch()
 _generation = 0  # marks of an earlier one are void: `disable` ends them all
-_originals: dict[type, Callable] = {}  # forward of each patched class
+_originals: dict[tuple[type, str], Callable] = {}  # what each patched method of a class was
 _last_fallback: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
 def libraries() -> list[ModuleType]:
     """The integrations whose library is installed. Each has
 
-    NAME, LAYER      the library's name in reports, and the class of the layers that it answers for
-    stand_ins()      pairs of a class and the function that makes its new forward from its own
-    why_not(layer)   None, or the reason why a layer that is switched on does not run on the fast path as things stand
+    answers_for(module)   whether the module is one of its layers
+    kind_of(layer)        the layer's method or library, and its class, as reports name them
+    always_on(layer)      whether its own forward is the fast path, so that nothing need be switched on
+    stand_ins()           triples of a class, the name of a method, and the function that makes the new method from it
+    why_not(layer)        None, or the reason why a layer that is switched on does not run on the fast path as things
+                          stand
     """
-    from peftfast.integrations import peft
+    from peftfast.integrations import own_methods, peft, prompts
 
     if importlib.util.find_spec("bitsandbytes") is None:
-        return [peft]
+        return [own_methods, peft, prompts]
     from peftfast.integrations import bitsandbytes
 
-    return [peft, bitsandbytes]
+    return [own_methods, peft, prompts, bitsandbytes]
 
 
 def restore(wanted: Switch) -> None:
@@ -64,12 +67,12 @@ def restore(wanted: Switch) -> None:
     global switch
     if wanted.installed and not switch.installed:
         for library in libraries():
-            for kind, stand_in_for in library.stand_ins():
-                _originals[kind] = kind.forward
-                kind.forward = functools.wraps(kind.forward)(stand_in_for(kind.forward))
+            for kind, name, stand_in_for in library.stand_ins():
+                original = _originals[kind, name] = getattr(kind, name)
+                setattr(kind, name, functools.wraps(original)(stand_in_for(original)))
     elif switch.installed and not wanted.installed:
-        for kind, forward in _originals.items():
-            kind.forward = forward
+        for (kind, name), original in _originals.items():
+            setattr(kind, name, original)
         _originals.clear()
     switch = wanted
 

@@ -26,7 +26,7 @@ from peftfast.integrations.forwards import last_fallback, name_of, outermost, st
 from peftfast.integrations.merging import MergesAtOnce
 from peftfast.nn.fourbit import Linear4bit
 
-NAME, LAYER = "lora", LoraLayer
+NAME = "lora"
 
 
 class LoraLinear4bit(MergesAtOnce, Linear):
@@ -109,7 +109,19 @@ if is_bnb_4bit_available():
     FUSED.append(bnb.Linear4bit)
 
 
-def stand_ins() -> Iterator[tuple[type, Callable]]:
+def answers_for(module: nn.Module) -> bool:
+    return isinstance(module, LoraLayer)
+
+
+def kind_of(layer: LoraLayer) -> str:
+    return f"{NAME}.{type(layer).__name__}"
+
+
+def always_on(layer: LoraLayer) -> bool:
+    return isinstance(layer, expert_adapters.ParamWrapper)
+
+
+def stand_ins() -> Iterator[tuple[type, str, Callable]]:
     """Every kind of LoRA layer with a forward of its own: those not fused have to be noticed under `strict`."""
     for kind in _with_own_forward(LoraLayer):
         why_not_call, fused = _why_not_kind, None
@@ -117,7 +129,7 @@ def stand_ins() -> Iterator[tuple[type, Callable]]:
             why_not_call, fused = _why_not_call, _fused
         elif issubclass(kind, ParamWrapper):
             why_not_call, fused = expert_adapters.why_not_call, expert_adapters.fused
-        yield kind, lambda original, why=why_not_call, run=fused: _forward(original, why, run)
+        yield kind, "forward", lambda original, why=why_not_call, run=fused: _forward(original, why, run)
 
 
 def _forward(original: Callable, why_not_call: Callable, fused: Callable | None) -> Callable:
