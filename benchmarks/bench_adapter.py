@@ -22,12 +22,10 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from record import DTYPES, Contender, Record, machine_facts, measure_ceilings, positive
-from rich.console import Console
+from record import DTYPES, Contender, parsed, parser_of, positive, run
 from torch import nn
 from torch.nn import functional as F
 
@@ -125,56 +123,27 @@ def contenders(point: Point, device: str) -> dict[str, Contender]:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of("adapter", __doc__, "H 2048, D 64, 512 tokens", cap=20.0, budget=5.0)
     add = parser.add_argument
-    add("--quick", action="store_true", help="H 2048, D 64, 512 tokens")
     add("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
     add("--tokens", nargs="+", type=positive, default=[1, 64, 512, 4096])
     add("--hidden", nargs="+", type=positive, default=[2048, 4096], metavar="H")
     add("--size", nargs="+", type=positive, default=[64, 256], metavar="D")
     add("--placement", nargs="+", choices=["parallel", "after"], default=["parallel", "after"])
     add("--activation", nargs="+", choices=ACTIVATIONS, default=["gelu"])
-    add("--device", choices=["cpu", "cuda"], default="cpu")
-    add("--cap", type=float, default=20.0, metavar="S", help="seconds a call from which a rival is skipped")
-    add("--budget", type=float, default=5.0, metavar="S", help="seconds for the timed rounds of one point")
-    add("--json", type=Path, metavar="FILE", help="default: benchmarks/results/adapter-MACHINE.json")
-    options = parser.parse_args(arguments)
+    options = parsed(parser, arguments)
     if options.quick:
         options.hidden, options.size, options.tokens = [2048], [64], [512]
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device here")
     return options
 
 
 def main() -> None:
     options = parse()
-    console = Console()
-    console.width = max(console.width, 160)  # The table needs as much; a narrower terminal wraps its lines.
-    record = Record(
-        benchmark="adapter-quick" if options.quick else "adapter",
-        machine=machine_facts(options.device),
-        ceilings=measure_ceilings([DTYPES[name] for name in options.dtype], options.device),
-    )
-    path = options.json or record.default_path()
-    for fact in record.facts():
-        console.print(fact, highlight=False)
     workloads = itertools.product(
         options.dtype, options.tokens, options.hidden, options.size, options.placement, options.activation
     )
-    record.measure_points(
-        [Point(call, *workload) for workload in workloads for call in ("forward", "forward+backward")],
-        partial(contenders, device=options.device),
-        path,
-        console,
-        cap=options.cap,
-        budget=options.budget,
-        least=1,
-        cuda=options.device == "cuda",
-    )
-    record.print(console)
-    console.print(f"Record: {path}", highlight=False)
+    points = [Point(call, *workload) for workload in workloads for call in ("forward", "forward+backward")]
+    run("adapter", options, points, contenders, least=1)
 
 
 if __name__ == "__main__":

@@ -45,26 +45,13 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import dequantize_4bit, has_avx512bf16, quantize_4bit
 from peft import LoraConfig, get_peft_model
-from record import (
-    DTYPES,
-    Contender,
-    Record,
-    machine_facts,
-    measure_ceilings,
-    positive,
-    probability,
-    shape,
-    speed_bar,
-    verdict,
-)
-from rich.console import Console
+from record import DTYPES, Contender, parsed, parser_of, positive, probability, run, shape, speed_bar, verdict
 from torch import nn
 
 import peftfast
@@ -321,11 +308,10 @@ def share_bar(what: str, bar: float, rows: list[dict[str, Any]], isa: str) -> di
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = parser_of(
+        "fourbit", __doc__, "only the points that the acceptance bars name", cap=5.0, budget=10.0
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="only the points that the acceptance bars name")
     add("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"], help="of the input and the products")
     add("--shape", nargs="+", type=shape, default=LLAMA_7B, metavar="KxN", help="in x out features")
     add("--rows", nargs="+", type=positive, default=ROWS, metavar="M", help=f"default {ROWS}")
@@ -334,47 +320,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--quant-type", choices=["nf4", "fp4"], default="nf4")
     add("--blocksize", type=positive, default=64, help="elements to one scale")
     add("--plain", action="store_true", help="fp32 scales; default: nested, quantized to 8 bits")
-    add("--device", choices=["cpu", "cuda"], default="cpu")
-    add("--threads", type=positive, help="torch's threads; default: as torch chooses")
-    add("--cap", type=float, default=5.0, metavar="S", help="seconds a call from which a rival is skipped")
-    add("--budget", type=float, default=10.0, metavar="S", help="seconds for the timed rounds of one point")
-    add("--json", type=Path, metavar="FILE", help="default: benchmarks/results/fourbit-MACHINE.json")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device here")
+    options = parsed(parser, arguments)
     return options
 
 
 def main() -> None:
     options = parse()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    console = Console()
-    console.width = max(console.width, 160)  # The table needs as much; a narrower terminal wraps its lines.
-    record = Record(
-        benchmark="fourbit-quick" if options.quick else "fourbit",
-        machine=machine_facts(options.device),
-        ceilings=measure_ceilings([DTYPES[name] for name in options.dtype], options.device),
-    )
-    path = options.json or record.default_path()
-    for fact in record.facts():
-        console.print(fact, highlight=False)
-    record.measure_points(
+    evict = torch.ones(2**25, device=options.device).sum  # 128 MiB: pushes the weight out of the caches
+    run(
+        "fourbit",
+        options,
         points(options),
-        partial(contenders, device=options.device),
-        path,
-        console,
-        cap=options.cap,
-        budget=options.budget,
-        before=torch.ones(2**25, device=options.device).sum,  # 128 MiB: evicts the weight
-        cuda=options.device == "cuda",
+        contenders,
+        acceptance=lambda record: acceptance(record.rows, record.machine["isa"]),
+        before=lambda point: evict,
     )
-    if options.device == "cpu":
-        record.acceptance = acceptance(record.rows, record.machine["isa"])
-    record.save(path)
-    record.print(console)
-    console.print(f"Record: {path}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -40,14 +40,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from record import Contender, Record, machine_facts, measure, measure_ceilings, positive, probability, shape
-from rich.console import Console
+from record import DTYPES, Contender, Record, parsed, parser_of, positive, probability, run, shape
 from torch import nn
 
 import peftfast
 from peftfast.testing import bytes_saved_for_backward
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 LLAMA_7B = [(4096, 4096), (4096, 11008), (11008, 4096)]  # (K, N): q/k/v/o, gate/up, down
 SMALL = (256, 256)
 ROWS, SMALL_ROWS = [1, 16, 128, 1024, 4096], [512]
@@ -306,70 +304,31 @@ def plot(record: Record, path: Path) -> None:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of("lora", __doc__, "only the points that the acceptance bars name", cap=5.0, budget=10.0)
     add = parser.add_argument
-    add("--quick", action="store_true", help="only the points that the acceptance bars name")
     add("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"], help="dtype of the base layer")
     add("--shape", nargs="+", type=shape, default=[*LLAMA_7B, SMALL], metavar="KxN", help="in x out features")
     add("--rows", nargs="+", type=positive, metavar="M", help=f"default {ROWS}, and {SMALL_ROWS} for 256x256")
     add("--rank", nargs="+", type=positive, default=[8, 16, 64], metavar="r")
     add("--dropout", nargs="+", type=probability, default=[0.0, 0.05], metavar="p")
-    add("--device", choices=["cpu", "cuda"], default="cpu")
-    add("--threads", type=positive, help="torch's threads; default: as torch chooses")
-    add("--cap", type=float, default=5.0, metavar="S", help="seconds a call from which a rival is skipped")
-    add("--budget", type=float, default=10.0, metavar="S", help="seconds for the timed rounds of one point")
-    add("--json", type=Path, metavar="FILE", help="the record; default: benchmarks/results/lora-MACHINE.json")
     add("--plot", type=Path, metavar="FILE.png", help="also draw the speedups")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device here")
+    options = parsed(parser, arguments)
     return options
 
 
 def main() -> None:
     options = parse()
     warnings.filterwarnings("ignore", module="torch")  # Compilation's advice. What fails is in the record.
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    console = Console()
-    console.width = max(console.width, 140)  # The table needs as much; a narrower terminal wraps its lines.
-    points = list(quick(options) if options.quick else sweep(options))
-
-    record = Record(
-        benchmark="lora-quick" if options.quick else "lora",
-        machine=machine_facts(options.device),
-        ceilings=measure_ceilings([DTYPES[name] for name in options.dtype], options.device),
+    record = run(
+        "lora",
+        options,
+        list(quick(options) if options.quick else sweep(options)),
+        contenders,
+        acceptance=lambda record: acceptance(record.rows, record.machine["isa"]),
+        before=lambda point: evictor(point, options.device),
     )
-    path = options.json or record.default_path()
-    for fact in record.facts():
-        console.print(fact, highlight=False)
-    for number, point in enumerate(points, 1):
-        where = f"[{number}/{len(points)}] {point.call} {point.dtype} M={point.M} K={point.K} N={point.N}"
-        with console.status(where):
-            row = measure(
-                asdict(point),
-                contenders(point, options.device),
-                record.ceilings,
-                cap=options.cap,
-                budget=options.budget,
-                before=evictor(point, options.device),
-                cuda=options.device == "cuda",
-            )
-        record.rows.append(row)
-        record.save(path)  # After every row, so that an interrupted sweep keeps what it has measured.
-        found = row["implementations"]
-        medians = ", ".join(f"{name} {it.get('median_ms', it.get('skipped'))}" for name, it in found.items())
-        console.print(f"{where} r={point.r} dropout={point.dropout:g}, ms: {medians}", highlight=False)
-    if options.device == "cpu":
-        record.acceptance = acceptance(record.rows, record.machine["isa"])
-    record.save(path)
-    record.print(console)
     if options.plot:
         plot(record, options.plot)
-    console.print(f"Record: {path}", highlight=False)
 
 
 if __name__ == "__main__":

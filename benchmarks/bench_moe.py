@@ -30,13 +30,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from record import DTYPES, Contender, Record, machine_facts, measure_ceilings, positive, verdict
-from rich.console import Console
+from record import DTYPES, Contender, parsed, parser_of, positive, run, verdict
 from torch import nn
 from transformers import MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -263,60 +261,34 @@ def acceptance(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = parser_of(
+        "moe", __doc__, "OLMoE's layer at 1 and 512 tokens, skewed, in fp32", cap=60.0, budget=10.0
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="OLMoE's layer at 1 and 512 tokens, skewed, in fp32")
     add("--layer", nargs="+", choices=LAYERS, default=["olmoe"])
     add("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
     add("--tokens", nargs="+", type=positive, default=[1, 64, 512, 4096])
     add("--rank", nargs="+", type=positive, default=[16], metavar="r")
     add("--routing", nargs="+", choices=["skewed", "uniform"], default=["skewed", "uniform"])
-    add("--device", choices=["cpu", "cuda"], default="cpu")
-    add("--cap", type=float, default=60.0, metavar="S", help="seconds a call from which a rival is skipped")
-    add("--budget", type=float, default=10.0, metavar="S", help="seconds for the timed rounds of one point")
-    add("--json", type=Path, metavar="FILE", help="default: benchmarks/results/moe-MACHINE.json")
-    options = parser.parse_args(arguments)
+    options = parsed(parser, arguments)
     if options.quick:
         options.layer, options.dtype, options.rank = ["olmoe"], ["fp32"], [16]
         options.tokens, options.routing = [1, 512], ["skewed"]
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device here")
     return options
 
 
 def main() -> None:
     options = parse()
-    console = Console()
-    console.width = max(console.width, 160)  # The table needs as much; a narrower terminal wraps its lines.
-    record = Record(
-        benchmark="moe-quick" if options.quick else "moe",
-        machine=machine_facts(options.device),
-        ceilings=measure_ceilings([DTYPES[name] for name in options.dtype], options.device),
-    )
-    path = options.json or record.default_path()
-    for fact in record.facts():
-        console.print(fact, highlight=False)
-    calls = ("forward", "forward+backward")
     workloads = itertools.product(
-        options.layer, options.dtype, options.tokens, options.rank, options.routing, calls
+        options.layer,
+        options.dtype,
+        options.tokens,
+        options.rank,
+        options.routing,
+        ("forward", "forward+backward"),
     )
-    record.measure_points(
-        [Point(call, *workload) for *workload, call in workloads],
-        partial(contenders, device=options.device),
-        path,
-        console,
-        cap=options.cap,
-        budget=options.budget,
-        least=1,
-        cuda=options.device == "cuda",
-    )
-    if options.device == "cpu":
-        record.acceptance = acceptance(record.rows)
-    record.save(path)
-    record.print(console)
-    console.print(f"Record: {path}", highlight=False)
+    points = [Point(call, *workload) for *workload, call in workloads]
+    run("moe", options, points, contenders, acceptance=lambda record: acceptance(record.rows), least=1)
 
 
 if __name__ == "__main__":

@@ -24,12 +24,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from peft import PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
-from record import DTYPES, Contender, Record, machine_facts, measure_ceilings, positive
-from rich.console import Console
+from record import DTYPES, Contender, parsed, parser_of, positive, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftfast
@@ -127,11 +125,9 @@ def contenders(point: Point, device: str) -> dict[str, Contender]:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    quick = "prefix and prompt of 50 virtual tokens, 4 x 512 tokens"
+    parser = parser_of("prompts", __doc__, quick, cap=60.0, budget=60.0)
     add = parser.add_argument
-    add("--quick", action="store_true", help="prefix and prompt of 50 virtual tokens, 4 x 512 tokens")
     add("--method", nargs="+", choices=METHODS, default=["prefix", "prompt"])
     add("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
     add("--samples", nargs="+", type=positive, default=[1, 4])
@@ -139,45 +135,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--virtual", nargs="+", type=positive, default=[50, 200], help="virtual tokens")
     add("--layers", type=positive, default=4)
     add("--hidden", type=positive, default=2048)
-    add("--device", choices=["cpu", "cuda"], default="cpu")
-    add("--cap", type=float, default=60.0, metavar="S", help="seconds a call from which a rival is skipped")
-    add("--budget", type=float, default=60.0, metavar="S", help="seconds for the timed rounds of one point")
-    add("--json", type=Path, metavar="FILE", help="default: benchmarks/results/prompts-MACHINE.json")
-    options = parser.parse_args(arguments)
+    options = parsed(parser, arguments)
     if options.quick:
         options.method, options.virtual, options.samples = ["prefix", "prompt"], [50], [4]
         options.tokens, options.layers, options.hidden = [512], 4, 2048
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device here")
     return options
 
 
 def main() -> None:
     options = parse()
-    console = Console()
-    console.width = max(console.width, 160)  # The table needs as much; a narrower terminal wraps its lines.
-    record = Record(
-        benchmark="prompts-quick" if options.quick else "prompts",
-        machine=machine_facts(options.device),
-        ceilings=measure_ceilings([DTYPES[name] for name in options.dtype], options.device),
-    )
-    path = options.json or record.default_path()
-    for fact in record.facts():
-        console.print(fact, highlight=False)
     workloads = itertools.product(
         options.method, options.dtype, options.samples, options.tokens, options.virtual
     )
-    record.measure_points(
-        [Point(*workload, options.layers, options.hidden) for workload in workloads],
-        partial(contenders, device=options.device),
-        path,
-        console,
-        cap=options.cap,
-        budget=options.budget,
-        cuda=options.device == "cuda",
-    )
-    record.print(console)
-    console.print(f"Record: {path}", highlight=False)
+    points = [Point(*workload, options.layers, options.hidden) for workload in workloads]
+    run("prompts", options, points, contenders)
 
 
 if __name__ == "__main__":

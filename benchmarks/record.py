@@ -334,19 +334,22 @@ class Record:
         contenders: Callable[[Any], dict[str, Contender]],
         path: Path,
         console: Console,
+        before: Callable[[Any], Callable[[], Any] | None] = lambda point: None,
         **options: Any,
     ) -> None:
         """Measure point after point; the record is saved after each, so that an interrupted run keeps them.
 
         Args:
             points: dataclasses, whose fields are the record's "point".
-            contenders: those of a point.
+            contenders, before: those of a point, as `measure` takes them.
             options: as `measure` takes them.
         """
         for number, point in enumerate(points, 1):
             where = f"[{number}/{len(points)}] {point_text(asdict(point))}"
             with console.status(where):
-                row = measure(asdict(point), contenders(point), self.ceilings, **options)
+                row = measure(
+                    asdict(point), contenders(point), self.ceilings, before=before(point), **options
+                )
             self.rows.append(row)
             self.save(path)
             found = row["implementations"]
@@ -517,6 +520,77 @@ def verdict(what: str, bar: str, seen: list[str], checks: list[bool], gaps: int 
 
 
 # ----------------------------------------------------------------------------------------- command lines
+
+
+def parser_of(
+    benchmark: str, documentation: str, quick: str, cap: float, budget: float
+) -> argparse.ArgumentParser:
+    """The options that the benchmarks of single calls have in common; `quick` says what --quick leaves."""
+    parser = argparse.ArgumentParser(
+        description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help=quick)
+    add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--threads", type=positive, help="torch's threads; default: as torch chooses")
+    add("--cap", type=float, default=cap, metavar="S", help="seconds a call from which a rival is skipped")
+    add("--budget", type=float, default=budget, metavar="S", help="seconds for the timed rounds of one point")
+    add("--json", type=Path, metavar="FILE", help=f"default: benchmarks/results/{benchmark}-MACHINE.json")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -> argparse.Namespace:
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device here")
+    return options
+
+
+def run(
+    benchmark: str,
+    options: argparse.Namespace,
+    points: list[Any],
+    contenders: Callable[[Any, str], dict[str, Contender]],
+    *,
+    acceptance: Callable[[Record], list[dict[str, str]]] | None = None,
+    **measuring: Any,
+) -> Record:
+    """Measure `points` as the options of `parser_of` say, print what was found, and save it.
+
+    Args:
+        contenders: given a point and the device, those of the point.
+        acceptance: given the record, the bars to reach on the CPU.
+        measuring: further arguments of `Record.measure_points`.
+    """
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    console = Console()
+    console.width = max(console.width, 160)  # The table needs as much; a narrower terminal wraps its lines.
+    record = Record(
+        benchmark=f"{benchmark}-quick" if options.quick else benchmark,
+        machine=machine_facts(options.device),
+        ceilings=measure_ceilings([DTYPES[name] for name in options.dtype], options.device),
+    )
+    path = options.json or record.default_path()
+    for fact in record.facts():
+        console.print(fact, highlight=False)
+    record.measure_points(
+        points,
+        lambda point: contenders(point, options.device),
+        path,
+        console,
+        cap=options.cap,
+        budget=options.budget,
+        cuda=options.device == "cuda",
+        **measuring,
+    )
+    if acceptance is not None and options.device == "cpu":
+        record.acceptance = acceptance(record)
+    record.save(path)
+    record.print(console)
+    console.print(f"Record: {path}", highlight=False)
+    return record
 
 
 def shape(text: str) -> tuple[int, int]:

@@ -428,3 +428,12 @@ def test_it_is_a_command():
         [sys.executable, "-m", "peftfast", "convert", "--help"], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0 and "per-expert" in done.stdout
+
+
+def test_overwrite_spares_a_folder_that_holds_the_adapter(tmp_path):
+    adapter = tmp_path / "run" / "checkpoint-10"
+    saved(adapter)
+    saved(tmp_path / "run")
+    with pytest.raises(ValueError, match="holds the adapter itself"):
+        convert(adapter, tmp_path / "run", "per-expert", "olmoe", overwrite=True)
+    assert (adapter / WEIGHTS).is_file()

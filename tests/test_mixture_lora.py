@@ -617,3 +617,10 @@ def test_other_adapters_are_as_they_were():
     """A LoRA model of PEFT's is no mixture."""
     model = get_peft_model(base_model(), LoraConfig(target_modules=["up_proj"]))
     assert not mixtures(model) and "aux_loss" not in model.train()(**batch())
+
+
+def test_a_block_with_hooks_is_refused():
+    model = base_model()
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp has hooks"):
+        get_peft_model(model, MixtureLoraConfig(r=2))

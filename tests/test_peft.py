@@ -5,6 +5,7 @@ import inspect
 import pickle
 import re
 import statistics
+import subprocess
 import sys
 from contextlib import nullcontext
 
@@ -1176,3 +1177,16 @@ def test_after_import(tmp_path, monkeypatch):
     import imported_later  # noqa: F401
 
     assert seen == ["1", 3] and sys.meta_path == finders
+
+
+def test_asking_whether_peft_is_installed_does_not_lose_peftfast_s_methods():
+    """As transformers does before anything of PEFT is imported."""
+    code = (
+        "import importlib.util, sys, peftfast\n"
+        "assert importlib.util.find_spec('peft') and 'peft' not in sys.modules\n"
+        "import peft.mapping\n"
+        "print(*sorted(peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.keys() & "
+        "{'EXPERT_LORA', 'MIXTURE_LORA', 'BOTTLENECK'}))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["BOTTLENECK", "EXPERT_LORA", "MIXTURE_LORA"]

@@ -115,6 +115,14 @@ def step(model, batch):
     return outputs, gradients(model)
 
 
+def as_peft(run):
+    """What PEFT gives by itself, where this version of it runs with this version of transformers."""
+    try:
+        return run()
+    except (IndexError, ValueError) as error:
+        pytest.skip(f"PEFT {peft.__version__} with transformers {transformers.__version__}: {error}")
+
+
 def on(model, batch):
     with peftfast.enabled(strict=True):
         return step(model, batch)
@@ -305,7 +313,7 @@ def test_generation(architecture, method, options):
             warnings.simplefilter("ignore")
             return model.generate(**batch, **options)
 
-    expected = generate()
+    expected = as_peft(generate)
     with peftfast.enabled(strict=True):
         assert torch.equal(generate(), expected)
 
@@ -654,7 +662,7 @@ def test_prefixes_of_other_tasks(name):
     config, auto, task = TASKS[name]
     model = tuned(base_model(copy.deepcopy(config), auto=auto), "projected prefix", task_type=task)
     batch = task_batch(task)
-    theirs, expected = step(model, batch)
+    theirs, expected = as_peft(lambda: step(model, batch))
     ours, gradients = on(model, batch)
     assert relative_error(ours.logits, theirs.logits) < 1e-6
     assert_same(gradients, expected)
@@ -714,7 +722,7 @@ FALLBACKS = {
     ),
     "flex attention": (
         lambda: dict(position_ids=(torch.arange(11) % 4).expand(3, -1)),
-        "packed documents take attention of kind eager or sdpa, not flex_attention",
+        "packed documents or prepared masks take attention of kind eager or sdpa, not flex_attention",
     ),
 }
 
@@ -849,7 +857,12 @@ def test_a_model_that_drops_the_cache():
     layers = model.base_model.model.layers
     for layer in layers:
         layer.register_forward_pre_hook(
-            lambda layer, args, kwargs: (args, kwargs | dict(past_key_values=None, attention_mask=None)),
+            lambda layer, args, kwargs: (
+                args,
+                kwargs
+                | dict(attention_mask=None)
+                | dict.fromkeys({"past_key_values", "cache"} & kwargs.keys()),
+            ),
             with_kwargs=True,
         )
     with peftfast.enabled(), pytest.raises(ValueError, match="hands its checkpointed layers no cache"):

@@ -63,12 +63,9 @@ class Stack {
     thread_local Scratch scratch;
     const int64_t size = lora_.rank * K_;
     float* out = scratch.floats(static_cast<int64_t>(slots_.size()) * size);
-    parallel_for(threads, static_cast<int64_t>(slots_.size()), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        table().convert[static_cast<int>(lora_.dtype)](
-            static_cast<const char*>(lora_.A) + slots_[i] * size * size_of(lora_.dtype), size, DType::f32,
-            out + i * size);
-    });
+    for (size_t i = 0; i < slots_.size(); ++i)
+      widen(static_cast<const char*>(lora_.A) + slots_[i] * size * size_of(lora_.dtype), size, lora_.dtype,
+            out + static_cast<int64_t>(i) * size, threads);
     A_ = out;
   }
 

@@ -48,7 +48,6 @@ inline void check_dtype(const Tensor& t, const char* name, ScalarType wanted, co
   STD_TORCH_CHECK(t.scalar_type() == wanted, name, " must have the dtype of ", as, ".");
 }
 
-// The tensor itself when its rows are contiguous (rows may lie apart), else a contiguous copy.
 // torch's `empty` through the C interface: the stable header's own goes through the dispatcher and costs microseconds.
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   int64_t strides[4], stride = 1;
@@ -63,6 +62,7 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
 
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
+// The tensor itself when its rows are contiguous (rows may lie apart), else a contiguous copy.
 inline Tensor with_contiguous_rows(const Tensor& t) {
   const bool contiguous = t.size(1) <= 1 || t.stride(1) == 1;
   const bool apart = t.size(0) <= 1 || t.stride(0) >= t.size(1);

@@ -64,8 +64,11 @@ def adapt(model, settings: TrainSettings, batches: Iterable[dict]) -> Adapted:
         options |= {argument: value for argument, value in given.items() if value is not None}
         kind = peftfast.MixtureLoraConfig
     elif settings.expert_share is not None:
-        profile = peftfast.profile_experts(model, batches)
-        options["experts"] = profile.top_share(settings.expert_share)
+        try:
+            profile = peftfast.profile_experts(model, batches)
+            options["experts"] = profile.top_share(settings.expert_share)
+        except ValueError as error:
+            raise UserError(f"--experts {settings.experts}: {first_sentence(error)}.") from error
         kind = peftfast.ExpertLoraConfig
     else:
         if choice == "all":

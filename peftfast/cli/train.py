@@ -24,7 +24,7 @@ from rich.table import Table
 
 from peftfast.cli import data, methods
 from peftfast.cli.answer import answer
-from peftfast.cli.errors import UserError
+from peftfast.cli.errors import UserError, first_sentence
 from peftfast.cli.load import describe, expert_load, recorded
 from peftfast.cli.model import is_local_model, load_model, load_tokenizer
 from peftfast.cli.settings import DTYPES, TrainSettings
@@ -157,16 +157,19 @@ def _fine_tune(
         # Where the model's loss is already that of an optimizer step, each of its parts adds the balancing loss whole.
         accumulation = settings.gradient_accumulation_steps if trainer.model_accepts_loss_kwargs else 1
         with recorded(model) as load, methods.balanced(adapted, accumulation):
-            trainer.train()
+            try:
+                trainer.train()
+            except ValueError as error:  # of routing weights, before there is a loss
+                if "not finite" not in str(error):
+                    raise
+                raise _diverged(settings, first_sentence(error)) from error
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
         peak_memory = _peak_memory_mib()
         losses = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
         if not all(math.isfinite(loss) for _, loss in losses):
-            raise UserError(
-                f"training diverged (the loss is not finite): lower --learning-rate {settings.learning_rate}."
-            )
+            raise _diverged(settings, "the loss is not finite")
         after, answers = _evaluate(trainer, tokenizer, held_out, console)
         trainable, _ = model.get_nb_trainable_parameters()
         result = TrainResult(
@@ -207,6 +210,10 @@ def _fine_tune(
     if settings.json:
         settings.json.write_text(result.to_json(), encoding="utf-8")
     return result
+
+
+def _diverged(settings: TrainSettings, sign: str) -> UserError:
+    return UserError(f"training diverged ({sign}): lower --learning-rate {settings.learning_rate}.")
 
 
 @contextlib.contextmanager

@@ -128,7 +128,7 @@ def accelerate(model: nn.Module, strict: bool = False) -> nn.Module:
     Returns:
         `model` itself. A deepcopy of it is accelerated too.
     Raises:
-        ValueError: the model has neither.
+        ValueError: the model has none of these.
     """
     layers = [layer for _, layer, _ in _layers(model)]
     if not layers:
@@ -156,8 +156,8 @@ def report(model: nn.Module) -> Report:
         on = library.always_on(layer) or forwards.in_force(layer)[0]
         reason = library.why_not(layer) if on else "peftfast is not enabled"
         found.append(LayerReport(name, library.kind_of(layer), reason is None, reason))
-        if reason is None:
-            fused_with_adapter.add(getattr(layer, "base_layer", None))
+        if reason is None and library.NAME == "lora":
+            fused_with_adapter.add(layer.base_layer)
     return Report(found, *_weights(model))
 
 

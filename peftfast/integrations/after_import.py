@@ -24,15 +24,14 @@ class _Finder(MetaPathFinder):
         self.name, self.action = name, action
 
     def find_spec(self, name, path=None, target=None):
-        if name != self.name:
-            return None
-        sys.meta_path.remove(self)
-        spec = PathFinder.find_spec(name, path, target)
+        spec = PathFinder.find_spec(name, path, target) if name == self.name else None
         if spec is None:
             return None
         execute = spec.loader.exec_module
 
         def execute_then_act(module: ModuleType) -> None:
+            if self in sys.meta_path:  # only now: many ask for a spec to know whether a library is installed
+                sys.meta_path.remove(self)
             execute(module)
             self.action(module)
 

@@ -512,8 +512,8 @@ def _check_output(adapter: Path, out: Path, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file.")
     if out.is_dir() and any(out.iterdir()):
-        if out.samefile(adapter):
-            raise ValueError(f"{out} is the adapter itself, which stays as it is.")
+        if adapter.resolve().is_relative_to(out.resolve()):
+            raise ValueError(f"{out} is or holds the adapter itself, which stays as it is.")
         if not overwrite:
             raise ValueError(f"{out} exists and is not empty: pass --overwrite to replace it.")
         if not (out / CONFIG).is_file():

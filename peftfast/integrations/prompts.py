@@ -212,7 +212,9 @@ def _prompt_forward(
         outputs = call(return_dict=True, past_key_values=cache, use_cache=use_cache and not checkpointed)
     outputs.logits = torch.cat((shared_logits, outputs.logits), dim=1)
     if checkpointed or not use_cache:
-        outputs.past_key_values = None
+        for name in ("past_key_values", "cache"):  # its name before transformers 5.24, and from there on
+            if name in outputs:
+                outputs[name] = None
     return_dict = base.config.return_dict if inputs["return_dict"] is None else inputs["return_dict"]
     return outputs if return_dict else outputs.to_tuple()
 
@@ -519,7 +521,10 @@ def _why_not_call(
         return reason
     if input_ids is None and inputs_embeds is None:
         return "its forward was given neither input_ids nor inputs_embeds"
-    if past_key_values is not None and model.active_peft_config.peft_type in PROMPTS:
+    given_cache = (
+        past_key_values if past_key_values is not None else kwargs.get("cache")
+    )  # its name from 5.24 on
+    if given_cache is not None and model.active_peft_config.peft_type in PROMPTS:
         return "its forward was given past_key_values"
     if position_ids is not None and position_ids.dim() != 2:
         return f"its position_ids have {position_ids.dim()} dimensions"
@@ -532,15 +537,17 @@ def _why_not_call(
     base = model.base_model
     config = base.config.get_text_config()
     if config is not base.config:
-        return "packed documents take a model of text alone"
+        return "packed documents or prepared masks take a model of text alone"
     if config._attn_implementation not in ("eager", "sdpa"):
-        return f"packed documents take attention of kind eager or sdpa, not {config._attn_implementation}"
+        kind = config._attn_implementation
+        return f"packed documents or prepared masks take attention of kind eager or sdpa, not {kind}"
     if not getattr(base, "_supports_attention_backend", False):
-        return f"packed documents take a mask for each pair of tokens, which a {type(base).__name__} does not"
+        return f"packed documents or prepared masks take 4-dimensional masks, and a {type(base).__name__} has none"
     if not {"full_attention", "sliding_attention"}.issuperset(getattr(config, "layer_types", None) or ()):
-        return f"packed documents take full or sliding attention, not {', '.join(sorted(set(config.layer_types)))}"
+        kinds = ", ".join(sorted(set(config.layer_types)))
+        return f"packed documents or prepared masks take full or sliding attention, not {kinds}"
     if getattr(config, "attention_chunk_size", None):
-        return "packed documents take full or sliding attention, not one in chunks"
+        return "packed documents or prepared masks take full or sliding attention, not one in chunks"
     if output_router_logits or getattr(config, "output_router_logits", False):
         return "the router's auxiliary loss has no meaning for packed documents"
     return None

@@ -296,7 +296,7 @@ class _Fill(ConversionOps):
         if self.hf_quantizer.error is None:
             try:
                 weight = self.fill(model, module, state, full_layer_name)
-            except (TypeError, ValueError) as error:
+            except Exception as error:  # transformers would swallow it
                 self.hf_quantizer.error = error
         if weight is None:  # nobody will see it, but transformers goes on with it to the end
             weight = torch.empty_like(model.get_parameter_or_buffer(full_layer_name), device="cpu")
@@ -411,11 +411,12 @@ def _num_parameters(
             weights += map(module.fourbit_weight, module.fourbit_weights)
     if not weights:
         return original(self, only_trainable, exclude_embeddings)
-    marked, self.is_loaded_in_4bit = getattr(self, "is_loaded_in_4bit", False), False
+    marked = self.__dict__.pop("is_loaded_in_4bit", None)
     try:
         count = original(self, only_trainable, exclude_embeddings)
     finally:
-        self.is_loaded_in_4bit = marked
+        if marked is not None:
+            self.is_loaded_in_4bit = marked
     hidden = sum(math.prod(weight.shape) - weight.packed.numel() for weight in weights)
     return count if only_trainable else count + hidden
 

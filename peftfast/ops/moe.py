@@ -67,10 +67,13 @@ def grouped_linear(
         compute_dtype,
     )  # fmt: skip
     groups = offsets.numel() - 1
-    experts = torch.arange(groups, device=x.device) if experts is None else experts
-    slots = torch.arange(groups, device=x.device) if slots is None and lora_A is not None else slots
+    experts = torch.arange(groups, device=x.device) if experts is None else experts.contiguous()
+    if slots is not None:
+        slots = slots.contiguous()
+    elif lora_A is not None:
+        slots = torch.arange(groups, device=x.device)
     return call(
-        x, weight, offsets, experts, slots, lora_A, lora_B, scaling,
+        x, weight, offsets.contiguous(), experts, slots, lora_A, lora_B, scaling,
         rows, bias, dropout, transposed, seed, compute_dtype,
     )  # fmt: skip
 

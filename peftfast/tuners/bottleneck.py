@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from peftfast.nn.adapter import BottleneckAdapter, check_options
-from peftfast.ops.lora import DTYPES
+from peftfast.ops.lora import DTYPES, KERNEL_DEVICES
 from peftfast.tuners.registry import register
 
 PEFT_TYPE = "BOTTLENECK"
@@ -281,6 +281,17 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         if self._hook is None:
             self._hook = source.register_forward_pre_hook(self._keep_block_input, with_kwargs=True)
 
+    def why_not(self) -> str | None:
+        """None, or the reason why an active adapter does not run on the operator."""
+        for name in self.active_adapters:
+            if name in self.bottleneck_adapter:
+                weight = self.bottleneck_adapter[name].down_weight
+                if weight.device.type not in KERNEL_DEVICES:
+                    return f"there is no kernel for {weight.device.type} yet"
+                if weight.dtype not in DTYPES:
+                    return f"adapter {name} is {weight.dtype}"
+        return None
+
     def _keep_block_input(self, source: nn.Module, args: tuple, kwargs: dict) -> None:
         self._block_input = _first_tensor(args, kwargs)
 
@@ -318,7 +329,13 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
 
 def _first_tensor(args: tuple, kwargs: dict) -> Tensor:
-    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    given = (*args, kwargs.get("hidden_states"), *kwargs.values())
+    found = next((value for value in given if isinstance(value, Tensor)), None)
+    if found is None:
+        raise TypeError(
+            "A parallel bottleneck adapter reads the input of its block, which was given no tensor."
+        )
+    return found
 
 
 def refuse_merging() -> None:

@@ -238,6 +238,7 @@ class ExpertLora(MergesAtOnce, nn.Module, BaseTunerLayer):
                     f"Adapters {', '.join(with_adapter)} cannot be merged: the sum is not finite."
                 )
             weights[projection] = total
+        self.requantization_error = {}
         for projection, total in weights.items():
             if isinstance(experts.weight_of(base, projection), FourBitWeight):
                 self.requantization_error[projection] = experts.requantize(base, projection, total)

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
+from peftfast.integrations.bases import is_plain
 from peftfast.nn.moe import Routing, moe_combine
 from peftfast.ops.lora import DTYPES, KERNEL_DEVICES, name_of
 from peftfast.ops.moe import COMBINE
@@ -165,6 +166,7 @@ def computes_its_layout(block: nn.Module, layout: Layout) -> bool:
 
     In training mode, so that a dropout in an unexpected place shows.
     """
+    modes = [(module, module.training) for module in block.modules()]  # children of children are shared
     twin = copy.copy(block)
     twin._modules = {name: copy.copy(child) for name, child in block._modules.items()}
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
@@ -182,6 +184,9 @@ def computes_its_layout(block: nn.Module, layout: Layout) -> bool:
             return torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
         except Exception:  # whatever its forward does with such sizes: it is not what was expected
             return False
+        finally:
+            for module, training in modes:
+                module.training = training
 
 
 class _Product(nn.Module):
@@ -269,6 +274,11 @@ class MixtureLoraLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Nothing is ever merged."""
 
+    def why_not(self) -> str | None:
+        """None, or the reason why the active adapter does not run on the operators."""
+        device = next(iter(self.lora_router.parameters())).device.type
+        return None if device in KERNEL_DEVICES else f"there is no kernel for {device} yet"
+
     def forward(self, x: Tensor) -> Tensor:
         name = next((name for name in self.active_adapters if name in self.lora_router), None)
         if self.disable_adapters or name is None:
@@ -286,7 +296,8 @@ class MixtureLoraLayer(nn.Module, BaseTunerLayer):
         low_rank = self._low_rank(name, layout.out, hidden, routing)
         y = getattr(block, layout.out)(moe_combine(hidden, weights, routing.places))
         y = y + moe_combine(low_rank, weights, routing.places).to(y.dtype)
-        return finish(block, y).view(*x.shape[:-1], -1)
+        y = finish(block, y)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def _route(self, name: str, tokens: Tensor) -> tuple[Routing, Tensor]:
         """Which rows go to which expert, and the weights [T, top_k] of a token's experts, in fp32."""
@@ -373,7 +384,7 @@ class MixtureLoraModel(LoraModel):
         # On the model that is wrapped: PEFT calls it directly in generate() and where there is no task type.
         self._hooks += [
             model.register_forward_pre_hook(self._before_forward),
-            model.register_forward_hook(self._after_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
         ]
 
     # ---- injection
@@ -423,6 +434,10 @@ class MixtureLoraModel(LoraModel):
             )
         for name in sorted(chosen):
             layout = layout_of(blocks[name])
+            if not is_plain(blocks[name]):
+                raise ValueError(
+                    f"{name} has hooks or a forward of its own, which a mixture would leave out."
+                )
             if not computes_its_layout(blocks[name], layout):
                 raise ValueError(
                     f"{name} has the projections {layout}, but its class, {type(blocks[name]).__name__}, computes more "
@@ -492,7 +507,7 @@ class MixtureLoraModel(LoraModel):
 
     def _after_forward(self, model: nn.Module, args: tuple, kwargs: dict, output):
         routings, self._record.routings = self._record.routings, None
-        if not routings:
+        if not routings or output is None:
             return None
         aux_loss = balance_loss(routings, kwargs.get("attention_mask"))
         coefficient = self.peft_config[self.active_adapters[0]].router_aux_loss_coef
