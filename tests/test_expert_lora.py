@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file, save_file
-from test_experts import COMMON, CONFIGS, IDS, check_equal, dequantized, results, same
-from transformers import AutoModelForCausalLM, NemotronHConfig
+from test_experts import CONFIGS, IDS, check_equal, dequantized, results, same
+from transformers import AutoModelForCausalLM
 
 import peftfast
 from peftfast import ExpertLoraConfig
@@ -19,12 +19,6 @@ from peftfast.integrations.experts import FourBitExperts, projections, quantize_
 from peftfast.testing import assert_as_accurate, relative_error
 from peftfast.tuners.expert_lora import ExpertLora
 
-NEMOTRON_H = NemotronHConfig(
-    layers_block_type=["moe", "full_attention", "moe"], num_key_value_heads=2, head_dim=16, intermediate_size=48,
-    moe_intermediate_size=40, moe_shared_expert_intermediate_size=32, n_routed_experts=6, num_experts_per_tok=2,
-    n_group=1, topk_group=1, mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=8, n_groups=1,
-    **{key: value for key, value in COMMON.items() if key != "num_hidden_layers"},
-)  # fmt: skip
 FIRST, SECOND = "model.layers.0.mlp.experts", "model.layers.1.mlp.experts"
 SOME = {FIRST: [5, 1], SECOND: [0, 3, 6]}
 
@@ -32,7 +26,7 @@ SOME = {FIRST: [5, 1], SECOND: [0, 3, 6]}
 def base_model(kind="olmoe", dtype=torch.float32):
     """The same weights at every call, and a configuration of its own."""
     torch.manual_seed(0)
-    config = copy.deepcopy((CONFIGS | {"nemotron_h": NEMOTRON_H})[kind])
+    config = copy.deepcopy(CONFIGS[kind])
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():

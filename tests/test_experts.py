@@ -14,6 +14,7 @@ from transformers import (
     DeepseekV3Config,
     GptOssConfig,
     MixtralConfig,
+    NemotronHConfig,
     OlmoeConfig,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
@@ -42,6 +43,12 @@ CONFIGS = {
         moe_intermediate_size=32, n_routed_experts=8, num_experts_per_tok=3, n_group=2, topk_group=1,
         first_k_dense_replace=1, intermediate_size=64, q_lora_rank=24, kv_lora_rank=16, qk_rope_head_dim=8,
         qk_nope_head_dim=8, v_head_dim=16, n_shared_experts=1, **COMMON,
+    ),
+    "nemotron_h": NemotronHConfig(  # no gate
+        layers_block_type=["moe", "full_attention", "moe"], num_key_value_heads=2, head_dim=16, intermediate_size=48,
+        moe_intermediate_size=40, moe_shared_expert_intermediate_size=32, n_routed_experts=6, num_experts_per_tok=2,
+        n_group=1, topk_group=1, mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=8, n_groups=1,
+        **{key: value for key, value in COMMON.items() if key != "num_hidden_layers"},
     ),
 }  # fmt: skip
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
@@ -104,9 +111,13 @@ def check_equal(ours, theirs, tolerance=3e-6):
         assert relative_error(ours[name], value.double()) < tolerance, name
 
 
+def targets_of(kind):
+    return ["experts.up_proj", "experts.down_proj"] if kind == "nemotron_h" else BOTH
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_adapters_give_what_peft_gives(kind):
-    model = adapted(base_model(kind))
+    model = adapted(base_model(kind), targets_of(kind))
     theirs = results(model)
     with peftfast.enabled(strict=True):
         assert len(peftfast.report(model)) and all(layer.fast for layer in peftfast.report(model))
@@ -133,11 +144,12 @@ def test_16_bits_are_as_accurate():
         assert_as_accurate(ours[name], value, exact[name].double(), factor=1.25, name=name)
 
 
-def test_ten_steps():
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_ten_steps(kind):
     losses = {}
     for mode in (False, True):
         torch.manual_seed(0)
-        model = adapted(base_model())
+        model = adapted(base_model(kind), targets_of(kind))
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
         losses[mode] = []
         for _ in range(10):

@@ -97,13 +97,9 @@ def adapt(model, settings: TrainSettings, batches: Iterable[dict]) -> Adapted:
 
 def experts_of(model) -> dict:
     """Return the modules of experts that transformers dispatches, by name; a dense model has none."""
-    from peftfast.integrations.experts import FourBitExperts, is_experts
+    from peftfast.integrations.experts import holds_experts
 
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if is_experts(module) or isinstance(module, FourBitExperts)
-    }
+    return {name: module for name, module in model.named_modules() if holds_experts(module)}
 
 
 def routers_of(model) -> dict:

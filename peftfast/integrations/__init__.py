@@ -192,7 +192,7 @@ def _weights(model: nn.Module) -> tuple[dict[str, str], dict[str, torch.dtype]]:
             fourbit[name] = "linear layer"
         elif type(module) is nn.Linear or isinstance(module, Conv1D):
             dense[name] = module.weight.dtype
-        elif experts.is_experts(module) or isinstance(module, experts.FourBitExperts):
+        elif experts.holds_experts(module):
             for projection in experts.projections(module):
                 if projection in getattr(module, "fourbit_weights", ()):
                     fourbit[f"{name}.{projection}"] = "expert projection"

@@ -133,6 +133,11 @@ def is_experts(module: nn.Module) -> bool:
     return all(hasattr(module, flag) for flag in flags) and not isinstance(module, FourBitExperts)
 
 
+def holds_experts(module: nn.Module) -> bool:
+    """Whether the module is of such a class, quantized or not."""
+    return is_experts(module) or isinstance(module, FourBitExperts)
+
+
 def projections(experts: nn.Module) -> tuple[str, str]:
     """The parameters of the two projections."""
     return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
@@ -140,7 +145,7 @@ def projections(experts: nn.Module) -> tuple[str, str]:
 
 def why_not(experts: nn.Module) -> str | None:
     """None, or the reason why the operator cannot compute these experts, whatever the input."""
-    if not is_experts(experts) and not isinstance(experts, FourBitExperts):
+    if not holds_experts(experts):
         return f"a {type(experts).__name__} is not one of transformers' dispatched experts"
     for name in projections(experts):
         if name in _quantized(experts):

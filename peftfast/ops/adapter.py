@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from peftfast import _C, reference  # noqa: F401  (_C registers the operators)
-from peftfast.ops.lora import DTYPES, KERNEL_DEVICES, name_of, refuse_second_derivative
+from peftfast.ops.lora import (
+    DTYPES,
+    KERNEL_DEVICES,
+    check_dropout,
+    check_number,
+    check_scaling,
+    check_seed,
+    name_of,
+    refuse_second_derivative,
+)  # fmt: skip
 from peftfast.reference import ACTIVATIONS
 
 FORWARD = torch.ops.peftfast.bottleneck_adapter.default
@@ -127,25 +136,17 @@ def _check(x, parameters, activation, scaling, norm_eps, dropout, residual, seed
         raise ValueError("norm_bias is there, but no norm_weight.")
     if not isinstance(activation, str) or activation not in NUMBERS:
         raise ValueError(f"activation is {activation!r}, expected one of {', '.join(NUMBERS)}.")
-    if isinstance(scaling, Tensor):
-        if scaling.numel() != 1:
-            raise ValueError(f"scaling has {scaling.numel()} elements, expected one.")
-    elif isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
-        raise TypeError(f"scaling must be a number or a one-element tensor, got {type(scaling).__name__}.")
-    for name, number in dict(norm_eps=norm_eps, dropout=dropout).items():
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
-            raise TypeError(f"{name} must be a number, got {type(number).__name__}.")
+    check_scaling(scaling)
+    check_dropout(dropout)
+    check_number(norm_eps, "norm_eps")
     if not 0 <= norm_eps < math.inf:
         raise ValueError(f"norm_eps is {norm_eps}, expected a number that is not negative.")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout is {dropout}, expected a probability in [0, 1).")
     if residual is not None:
         if residual.shape != x.shape:
             raise ValueError(f"residual has shape {list(residual.shape)}, but x has {list(x.shape)}.")
         if residual.dtype != x.dtype:
             raise TypeError(f"residual is {name_of(residual.dtype)}, but x is {name_of(x.dtype)}.")
-    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
-        raise ValueError(f"seed must be one int64 value, got {seed.numel()} of {name_of(seed.dtype)}.")
+    check_seed(seed)
 
 
 @torch.library.register_fake("peftfast::bottleneck_adapter")

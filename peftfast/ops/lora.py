@@ -155,15 +155,31 @@ def check_adapters(x, lora_A, lora_B, scaling, dropout, seed, outputs: int, inpu
             )
         if B.shape != (outputs, A.shape[0]):
             raise ValueError(f"lora_B[{i}] has shape {list(B.shape)}, expected [{outputs}, {A.shape[0]}].")
-        if isinstance(s, Tensor):
-            if s.numel() != 1:
-                raise ValueError(f"scaling[{i}] has {s.numel()} elements, expected one.")
-        elif isinstance(s, bool) or not isinstance(s, (int, float)):
-            raise TypeError(f"scaling[{i}] must be a number or a one-element tensor, got {type(s).__name__}.")
-        if isinstance(p, bool) or not isinstance(p, (int, float)):
-            raise TypeError(f"dropout[{i}] must be a number, got {type(p).__name__}.")
-        if not 0 <= p < 1:
-            raise ValueError(f"dropout[{i}] is {p}, expected a probability in [0, 1).")
+        check_scaling(s, f"scaling[{i}]")
+        check_dropout(p, f"dropout[{i}]")
+    check_seed(seed)
+
+
+def check_scaling(scaling: float | Tensor, name: str = "scaling") -> None:
+    if isinstance(scaling, Tensor):
+        if scaling.numel() != 1:
+            raise ValueError(f"{name} has {scaling.numel()} elements, expected one.")
+    elif isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+        raise TypeError(f"{name} must be a number or a one-element tensor, got {type(scaling).__name__}.")
+
+
+def check_number(number: float, name: str) -> None:
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(number).__name__}.")
+
+
+def check_dropout(dropout: float, name: str = "dropout") -> None:
+    check_number(dropout, name)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{name} is {dropout}, expected a probability in [0, 1).")
+
+
+def check_seed(seed: Tensor | None) -> None:
     if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
         raise ValueError(f"seed must be one int64 value, got {seed.numel()} of {name_of(seed.dtype)}.")
 

@@ -9,7 +9,16 @@ from torch import Tensor
 
 from peftfast import _C, reference  # noqa: F401  (_C registers the operators)
 from peftfast.ops.fourbit import check_weight, parts_of
-from peftfast.ops.lora import DTYPES, KERNEL_DEVICES, check_tensors, name_of, refuse_second_derivative
+from peftfast.ops.lora import (
+    DTYPES,
+    KERNEL_DEVICES,
+    check_dropout,
+    check_scaling,
+    check_seed,
+    check_tensors,
+    name_of,
+    refuse_second_derivative,
+)  # fmt: skip
 from peftfast.reference import FourBitWeight
 
 FORWARD = torch.ops.peftfast.grouped_linear.default
@@ -303,16 +312,9 @@ def _check(
             raise ValueError(f"bias has shape {list(bias.shape)}, expected [{count}, {outputs}].")
     if isinstance(scaling, Tensor):
         check_tensors({"x": x, "scaling": scaling}, [], [])
-        if scaling.numel() != 1:
-            raise ValueError(f"scaling has {scaling.numel()} elements, expected one.")
-    elif isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
-        raise TypeError(f"scaling must be a number or a one-element tensor, got {type(scaling).__name__}.")
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
-        raise TypeError(f"dropout must be a number, got {type(dropout).__name__}.")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout is {dropout}, expected a probability in [0, 1).")
-    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
-        raise ValueError(f"seed must be one int64 value, got {seed.numel()} of {name_of(seed.dtype)}.")
+    check_scaling(scaling)
+    check_dropout(dropout)
+    check_seed(seed)
 
     M = x.shape[0] if rows is None else rows.numel()
     for name, value in {"offsets": offsets, "experts": experts, "slots": slots, "rows": rows}.items():

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from peftfast.integrations.experts import FourBitExperts, is_experts
+from peftfast.integrations.experts import holds_experts
 
 FORMAT = "peftfast.expert_profile"
 
@@ -268,7 +268,7 @@ def experts_within(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
             continue
         inner = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
         inner = inner.get_base_layer() if isinstance(inner, BaseTunerLayer) else inner
-        if is_experts(inner) or isinstance(inner, FourBitExperts):
+        if holds_experts(inner):
             found[name] = module, inner
     return found
 
