@@ -39,12 +39,12 @@ __all__ = [
 
 # On demand: transformers and PEFT take seconds to import.
 _LATE = {
-    "BottleneckConfig": "peftfast.tuners.bottleneck",
+    "BottleneckConfig": "peftfast.integrations.tuners.bottleneck",
     "FourBitConfig": "peftfast.integrations.transformers",
-    "ExpertLoraConfig": "peftfast.tuners.expert_lora",
-    "MixtureLoraConfig": "peftfast.tuners.mixture_lora",
-    "ExpertProfile": "peftfast.tuners.profile",
-    "profile_experts": "peftfast.tuners.profile",
+    "ExpertLoraConfig": "peftfast.integrations.tuners.expert_lora",
+    "MixtureLoraConfig": "peftfast.integrations.tuners.mixture_lora",
+    "ExpertProfile": "peftfast.integrations.tuners.profile",
+    "profile_experts": "peftfast.integrations.tuners.profile",
 }
 
 
@@ -59,7 +59,7 @@ after_import(
     "transformers.integrations.moe", lambda _: importlib.import_module("peftfast.integrations.experts")
 )
 # So that PEFT knows the methods that peftfast adds to it.
-after_import("peft", lambda _: importlib.import_module("peftfast.tuners"))
+after_import("peft", lambda _: importlib.import_module("peftfast.integrations.tuners"))
 
 
 def build_info() -> dict:

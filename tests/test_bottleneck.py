@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 import peftfast
 from peftfast import BottleneckConfig
+from peftfast.integrations.tuners.bottleneck import BottleneckLayer
 from peftfast.nn import Linear4bit, quantize_linears
 from peftfast.testing import assert_as_accurate
-from peftfast.tuners.bottleneck import BottleneckLayer
 
 FP32, BF16 = torch.float32, torch.bfloat16
 PLAIN = dict(

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 import peftfast
 from peftfast import ExpertLoraConfig
 from peftfast.integrations.experts import FourBitExperts, projections, quantize_experts
+from peftfast.integrations.tuners.expert_lora import ExpertLora
 from peftfast.testing import assert_as_accurate, relative_error
-from peftfast.tuners.expert_lora import ExpertLora
 
 FIRST, SECOND = "model.layers.0.mlp.experts", "model.layers.1.mlp.experts"
 SOME = {FIRST: [5, 1], SECOND: [0, 3, 6]}

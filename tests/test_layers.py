@@ -64,11 +64,11 @@ BORDERS = {
         r"#\s*include\s*[<\"](\.\./)*(cuda|torch)/|\bcuda::",
         "",
     ),
-    "other libraries only in integrations and tuners": (
+    "other libraries' insides only in integrations": (
         "peftfast",
         {".py"},
         OTHER_LIBRARY,
-        r"peftfast/(integrations|tuners|cli|demo)/.*",
+        r"peftfast/(integrations|cli|demo)/.*",
     ),
     "the library does not import its tests or benchmarks": (
         "peftfast",

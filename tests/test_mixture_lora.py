@@ -18,9 +18,9 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 import peftfast
 from peftfast import MixtureLoraConfig
+from peftfast.integrations.tuners.mixture_lora import MixtureLoraLayer, activate, finish
 from peftfast.nn import Linear4bit, quantize_linears
 from peftfast.testing import assert_as_accurate, relative_error
-from peftfast.tuners.mixture_lora import MixtureLoraLayer, activate, finish
 
 FP32, BF16 = torch.float32, torch.bfloat16
 DECODER = dict(

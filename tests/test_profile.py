@@ -12,7 +12,7 @@ from transformers import BatchEncoding
 import peftfast
 from peftfast import ExpertLoraConfig, ExpertProfile, profile_experts
 from peftfast.integrations.experts import quantize_experts
-from peftfast.tuners.profile import recording
+from peftfast.integrations.tuners.profile import recording
 
 FIRST, SECOND = "model.layers.0.mlp.experts", "model.layers.1.mlp.experts"
 OTHER_IDS = IDS.flip(0)[:, :11] + 1

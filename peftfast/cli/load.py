@@ -16,7 +16,7 @@ def recorded(model) -> Iterator:
     """
     from peftfast import ExpertProfile
     from peftfast.cli.methods import experts_of
-    from peftfast.tuners.profile import recording
+    from peftfast.integrations.tuners.profile import recording
 
     if hasattr(model.base_model, "expert_load"):
         model.base_model.expert_load()  # from here on it counts anew

@@ -11,7 +11,9 @@ NAME = "peftfast"
 
 
 def answers_for(module: nn.Module) -> bool:
-    return isinstance(module, BaseTunerLayer) and type(module).__module__.startswith("peftfast.tuners.")
+    return isinstance(module, BaseTunerLayer) and type(module).__module__.startswith(
+        "peftfast.integrations.tuners."
+    )
 
 
 def kind_of(layer: nn.Module) -> str:

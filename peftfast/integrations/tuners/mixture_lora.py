@@ -27,10 +27,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from peftfast.integrations.bases import is_plain
+from peftfast.integrations.tuners.registry import register
 from peftfast.nn.moe import Routing, moe_combine
 from peftfast.ops.lora import DTYPES, KERNEL_DEVICES, name_of
 from peftfast.ops.moe import COMBINE
-from peftfast.tuners.registry import register
 
 NAME = "MIXTURE_LORA"
 # Variants of LoRA that there is no mixture of.

@@ -3,6 +3,6 @@
 Importing this package registers them with PEFT; importing peftfast does so as soon as PEFT is imported.
 """
 
-from peftfast.tuners import bottleneck, expert_lora, mixture_lora
+from peftfast.integrations.tuners import bottleneck, expert_lora, mixture_lora
 
 __all__ = ["bottleneck", "expert_lora", "mixture_lora"]

@@ -29,11 +29,11 @@ from peftfast import reference
 from peftfast.integrations import experts, forwards
 from peftfast.integrations.bases import is_plain
 from peftfast.integrations.merging import MergesAtOnce
+from peftfast.integrations.tuners.profile import experts_within
+from peftfast.integrations.tuners.registry import register
 from peftfast.nn.moe import Routing
 from peftfast.ops import fourbit_dequantize
 from peftfast.reference import FourBitWeight
-from peftfast.tuners.profile import experts_within
-from peftfast.tuners.registry import register
 
 PEFT_TYPE = "EXPERT_LORA"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -17,9 +17,9 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule,
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from peftfast.integrations.tuners.registry import register
 from peftfast.nn.adapter import BottleneckAdapter, check_options
 from peftfast.ops.lora import DTYPES, KERNEL_DEVICES
-from peftfast.tuners.registry import register
 
 PEFT_TYPE = "BOTTLENECK"
 PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
