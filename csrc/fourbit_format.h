@@ -12,10 +12,16 @@
 
 #include "kernels.h"
 
+#ifdef __CUDACC__
+#define PEFTFAST_ON_BOTH __device__
+#else
+#define PEFTFAST_ON_BOTH
+#endif
+
 namespace peftfast::fourbit {
 
 // codebook[code]
-constexpr float codebooks[2][16] = {
+PEFTFAST_ON_BOTH constexpr float codebooks[2][16] = {
     {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
      -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
      0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f},
@@ -24,7 +30,7 @@ constexpr float codebooks[2][16] = {
 };
 
 // order[i] is the code of the i-th smallest value; 8 (-0) counts as larger than 0.
-constexpr uint8_t orders[2][16] = {
+PEFTFAST_ON_BOTH constexpr uint8_t orders[2][16] = {
     {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
     {11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3},
 };

@@ -1,4 +1,4 @@
-// The contract between the operators (csrc/torch) and the kernels (csrc/cpu): plain structs, no torch.
+// The contract between the operators (csrc/torch) and the kernels (csrc/cpu, csrc/cuda): plain structs, no torch.
 //
 // Letters, as everywhere in the project:
 //   M rows of X    K input features    N output features    R the ranks of all adapters, side by side
@@ -14,13 +14,8 @@ enum class DType : uint8_t { f32, bf16, f16 };
 enum class FourBitType : uint8_t { nf4, fp4 };
 enum class Activation : uint8_t { identity, relu, gelu, gelu_tanh, silu, tanh };
 constexpr int dtype_count = 3;
-
-// How a kernel reaches the threads of its host: run(begin, end, body, context) splits [begin, end) over at
-// most `count` threads and calls body(first, last, context) on each part.
-struct Threads {
-  int count;
-  void (*run)(int64_t begin, int64_t end, void (*body)(int64_t, int64_t, void*), void* context);
-};
+struct Threads;  // these two: hosts.h
+struct Stream;
 
 // One adapter on a linear layer: Y += scaling * dropout(X) A^T B^T.
 struct LoraAdapter {
@@ -183,17 +178,22 @@ struct FourBitDequantizeArgs {
   void* out;  // [count], out
 };
 
-namespace cpu {
-void bottleneck_adapter(const BottleneckAdapterArgs& args, const Threads& threads);
-void bottleneck_adapter_backward(const BottleneckAdapterBackwardArgs& args, const Threads& threads);
-void fourbit_quantize(const FourBitQuantizeArgs& args, const Threads& threads);
-void fourbit_quantize_absmax(const AbsmaxQuantizeArgs& args, const Threads& threads);
-void fourbit_dequantize(const FourBitDequantizeArgs& args, const Threads& threads);
-void grouped_linear(const GroupedLinearArgs& args, const Threads& threads);
-void grouped_linear_backward(const GroupedLinearBackwardArgs& args, const Threads& threads);
-void combine(const CombineArgs& args, const Threads& threads);
-void combine_backward(const CombineBackwardArgs& args, const Threads& threads);
-void lora_linear(const LoraLinearArgs& args, const Threads& threads);
-void lora_linear_backward(const LoraLinearBackwardArgs& args, const Threads& threads);
-}  // namespace cpu
+#define PEFTFAST_KERNEL(name, Args)                    \
+  namespace cpu {                                      \
+  void name(const Args& args, const Threads& threads); \
+  }                                                    \
+  namespace cuda {                                     \
+  void name(const Args& args, const Stream& stream);   \
+  }
+PEFTFAST_KERNEL(fourbit_quantize, FourBitQuantizeArgs)
+PEFTFAST_KERNEL(fourbit_quantize_absmax, AbsmaxQuantizeArgs)
+PEFTFAST_KERNEL(fourbit_dequantize, FourBitDequantizeArgs)
+PEFTFAST_KERNEL(grouped_linear, GroupedLinearArgs)
+PEFTFAST_KERNEL(grouped_linear_backward, GroupedLinearBackwardArgs)
+PEFTFAST_KERNEL(combine, CombineArgs)
+PEFTFAST_KERNEL(combine_backward, CombineBackwardArgs)
+PEFTFAST_KERNEL(lora_linear, LoraLinearArgs)
+PEFTFAST_KERNEL(lora_linear_backward, LoraLinearBackwardArgs)
+PEFTFAST_KERNEL(bottleneck_adapter, BottleneckAdapterArgs)  // cpu:: only, so far; so its backward
+PEFTFAST_KERNEL(bottleneck_adapter_backward, BottleneckAdapterBackwardArgs)
 }  // namespace peftfast

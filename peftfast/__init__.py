@@ -63,8 +63,10 @@ after_import("peft", lambda _: importlib.import_module("peftfast.integrations.tu
 
 
 def build_info() -> dict:
-    """Facts of the build and of this process: version, compiler, torch, threads, the instruction set in use ("isa")
-    and those that this machine can run ("isas", best first)."""
+    """Facts of the build and of this process: version, compiler, torch, threads, the instruction set in use ("isa"),
+    those that this machine can run ("isas", best first), and whether there are GPU kernels, or why not ("cuda")."""
+    from peftfast.ops.devices import CUDA
+
     return {
         "version": __version__,
         "compiler": _C.compiler,
@@ -72,6 +74,7 @@ def build_info() -> dict:
         "threads": torch.get_num_threads(),
         "isa": _C.isa_in_use(),
         "isas": _C.supported_isas(),
+        "cuda": CUDA,
     }
 
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "../hosts.h"
 #include "../kernels.h"
 
 namespace peftfast::cpu {

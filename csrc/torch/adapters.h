@@ -42,7 +42,7 @@ struct AdapterList {
 
 inline const int64_t* seed_of(const std::optional<Tensor>& seed, bool wanted) {
   if (!wanted) return nullptr;
-  STD_TORCH_CHECK(seed.has_value() && seed->is_cpu() && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long,
+  STD_TORCH_CHECK(seed.has_value() && on_device(*seed) && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long,
                   "seed must be a one-element int64 tensor on the device of x when dropout is not 0.");
   return static_cast<const int64_t*>(seed->const_data_ptr());
 }
@@ -76,8 +76,8 @@ class Bias {
  public:
   Bias(const std::optional<Tensor>& bias, int64_t N, const char* name = "bias") {
     if (!bias.has_value()) return;
-    STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == N, name, " has shape ", shape_text(*bias),
-                    ", expected [", N, "] on the CPU.");
+    STD_TORCH_CHECK(on_device(*bias) && bias->dim() == 1 && bias->size(0) == N, name, " has shape ", shape_text(*bias),
+                    ", expected [", N, "] ", the_device, ".");
     dtype_of(*bias, name);
     fp32_ =
         as_contiguous(bias->scalar_type() == ScalarType::Float ? *bias : torch::stable::to(*bias, ScalarType::Float));

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../kernels.h"
+#include "host.h"
 
 namespace peftfast {
 
@@ -39,7 +40,7 @@ inline DType dtype_of(const Tensor& t, const char* name) {
 }
 
 inline void check_matrix(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
-  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU.");
+  STD_TORCH_CHECK(on_device(t), name, " must be ", the_device, ".");
   STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, " has shape ", shape_text(t),
                   ", expected [", rows, ", ", columns, "].");
 }
@@ -53,10 +54,9 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   int64_t strides[4], stride = 1;
   for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(1, sizes.begin()[i])) strides[i] = stride;
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-                               aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type(), device_index(), &handle));
   return Tensor(handle);
 }
 
@@ -71,13 +71,5 @@ inline Tensor with_contiguous_rows(const Tensor& t) {
 
 // Elements between the starts of rows; what the stride of a single row says does not matter.
 inline int64_t leading_dimension(const Tensor& t) { return t.size(0) <= 1 ? t.size(1) : t.stride(0); }
-
-inline Threads torch_threads() {
-  return {static_cast<int>(torch::stable::get_num_threads()),
-          [](int64_t begin, int64_t end, void (*body)(int64_t, int64_t, void*), void* context) {
-            torch::stable::parallel_for(begin, end, 1,
-                                        [&](int64_t first, int64_t last) { body(first, last, context); });
-          }};
-}
 
 }  // namespace peftfast

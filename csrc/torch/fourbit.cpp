@@ -9,61 +9,65 @@ namespace peftfast {
 namespace {
 
 // weight -> (packed [(count + 1) / 2, 1] uint8, absmax [blocks] fp32)
-std::tuple<Tensor, Tensor> fourbit_quantize_cpu(const Tensor& weight, int64_t blocksize, int64_t quant_type) {
-  STD_TORCH_CHECK(weight.is_cpu(), "weight must be on the CPU.");
+std::tuple<Tensor, Tensor> fourbit_quantize_op(const Tensor& weight, int64_t blocksize, int64_t quant_type) {
+  const Host host(weight);
+  STD_TORCH_CHECK(on_device(weight), "weight must be ", the_device, ".");
   check_blocksize(blocksize);
   const Tensor W = as_contiguous(weight);
   const int64_t count = W.numel();
   Tensor packed = empty({(count + 1) / 2, 1}, ScalarType::Byte);
   Tensor absmax = empty({(count + blocksize - 1) / blocksize}, ScalarType::Float);
-  cpu::fourbit_quantize(
+  kernels::fourbit_quantize(
       {count, dtype_of(W, "weight"), W.const_data_ptr(), type_of(quant_type), blocksize,
        static_cast<uint8_t*>(packed.mutable_data_ptr()), static_cast<float*>(absmax.mutable_data_ptr())},
-      torch_threads());
+      host);
   return {packed, absmax};
 }
 
 // absmax [blocks] -> (codes [blocks] uint8, nested_absmax [ceil(blocks / blocksize)] fp32)
-std::tuple<Tensor, Tensor> fourbit_quantize_absmax_cpu(const Tensor& absmax, const Tensor& offset, const Tensor& code,
-                                                       int64_t blocksize) {
+std::tuple<Tensor, Tensor> fourbit_quantize_absmax_op(const Tensor& absmax, const Tensor& offset, const Tensor& code,
+                                                      int64_t blocksize) {
+  const Host host(absmax);
   STD_TORCH_CHECK(is_power_of_two(blocksize), "blocksize must be a power of two, got ", blocksize, ".");
   const int64_t blocks = absmax.numel();
   Tensor codes = empty({blocks}, ScalarType::Byte);
   Tensor nested = empty({(blocks + blocksize - 1) / blocksize}, ScalarType::Float);
-  cpu::fourbit_quantize_absmax(
+  kernels::fourbit_quantize_absmax(
       {blocks, static_cast<const float*>(checked(absmax, "absmax", ScalarType::Float, blocks)),
        static_cast<const float*>(checked(offset, "offset", ScalarType::Float, 1)),
        static_cast<const float*>(checked(code, "code", ScalarType::Float, 256)), blocksize,
        static_cast<uint8_t*>(codes.mutable_data_ptr()), static_cast<float*>(nested.mutable_data_ptr())},
-      torch_threads());
+      host);
   return {codes, nested};
 }
 
 // -> [rows, columns] in `dtype`
-Tensor fourbit_dequantize_cpu(const Tensor& packed, const Tensor& absmax, std::optional<Tensor> nested_absmax,
-                              std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset, int64_t blocksize,
-                              int64_t nested_blocksize, int64_t quant_type, int64_t rows, int64_t columns,
-                              int64_t dtype) {
+Tensor fourbit_dequantize_op(const Tensor& packed, const Tensor& absmax, std::optional<Tensor> nested_absmax,
+                             std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset, int64_t blocksize,
+                             int64_t nested_blocksize, int64_t quant_type, int64_t rows, int64_t columns,
+                             int64_t dtype) {
+  const Host host(packed);
   STD_TORCH_CHECK(rows >= 0 && columns >= 0, "the weight's shape is [", rows, ", ", columns, "].");
   const FourBitMatrix W = matrix_of(packed, absmax, nested_absmax, nested_code, nested_offset, blocksize,
                                     nested_blocksize, quant_type, rows * columns);
   const DType type = numbered_dtype(dtype, "dtype");
   Tensor out = empty({rows, columns}, scalar_type_of(type));
-  cpu::fourbit_dequantize({rows * columns, W, type, out.mutable_data_ptr()}, torch_threads());
+  kernels::fourbit_dequantize({rows * columns, W, type, out.mutable_data_ptr()}, host);
   return out;
 }
 
 // x [M, K], weight [N, K] -> (y [M, N], u [M, R] fp32)
-std::tuple<Tensor, Tensor> fourbit_linear_cpu(const Tensor& x, const Tensor& packed, const Tensor& absmax,
-                                              std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_code,
-                                              std::optional<Tensor> nested_offset, int64_t blocksize,
-                                              int64_t nested_blocksize, int64_t quant_type, int64_t out_features,
-                                              std::optional<Tensor> bias, std::vector<Tensor> lora_A,
-                                              std::vector<Tensor> lora_B, std::vector<double> scaling,
-                                              std::vector<double> dropout, std::optional<Tensor> seed,
-                                              int64_t compute_dtype) {
+std::tuple<Tensor, Tensor> fourbit_linear_op(const Tensor& x, const Tensor& packed, const Tensor& absmax,
+                                             std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_code,
+                                             std::optional<Tensor> nested_offset, int64_t blocksize,
+                                             int64_t nested_blocksize, int64_t quant_type, int64_t out_features,
+                                             std::optional<Tensor> bias, std::vector<Tensor> lora_A,
+                                             std::vector<Tensor> lora_B, std::vector<double> scaling,
+                                             std::vector<double> dropout, std::optional<Tensor> seed,
+                                             int64_t compute_dtype) {
+  const Host host(x);
   STD_TORCH_CHECK(x.dim() == 2, "x must have 2 dimensions here, got ", x.dim(), ".");
-  STD_TORCH_CHECK(x.is_cpu(), "x must be on the CPU.");
+  STD_TORCH_CHECK(on_device(x), "x must be ", the_device, ".");
   STD_TORCH_CHECK(out_features >= 0, "out_features is ", out_features, ".");
   const int64_t M = x.size(0), K = x.size(1), N = out_features;
   const DType dtype = dtype_of(x, "x");
@@ -74,31 +78,32 @@ std::tuple<Tensor, Tensor> fourbit_linear_cpu(const Tensor& x, const Tensor& pac
   const int64_t* seed_data = seed_of(seed, adapters.any_dropout);
   const Tensor X = with_contiguous_rows(x);
   Tensor y = empty({M, N}, x.scalar_type()), u = empty({M, adapters.rank}, ScalarType::Float);
-  cpu::lora_linear({.M = M,
-                    .N = N,
-                    .K = K,
-                    .dtype = dtype,
-                    .X = X.const_data_ptr(),
-                    .ldx = leading_dimension(X),
-                    .W = {.fourbit = W, .compute = numbered_dtype(compute_dtype, "compute_dtype")},
-                    .bias = bias32.data(),
-                    .adapters = adapters.plain.data(),
-                    .adapter_count = static_cast<int>(adapters.plain.size()),
-                    .seed = seed_data,
-                    .U = static_cast<float*>(u.mutable_data_ptr()),
-                    .Y = y.mutable_data_ptr()},
-                   torch_threads());
+  kernels::lora_linear({.M = M,
+                        .N = N,
+                        .K = K,
+                        .dtype = dtype,
+                        .X = X.const_data_ptr(),
+                        .ldx = leading_dimension(X),
+                        .W = {.fourbit = W, .compute = numbered_dtype(compute_dtype, "compute_dtype")},
+                        .bias = bias32.data(),
+                        .adapters = adapters.plain.data(),
+                        .adapter_count = static_cast<int>(adapters.plain.size()),
+                        .seed = seed_data,
+                        .U = static_cast<float*>(u.mutable_data_ptr()),
+                        .Y = y.mutable_data_ptr()},
+                       host);
   return {y, u};
 }
 
 // grad_y [M, N] -> (grad_x [M, K], grad_A, grad_B); what is not wanted comes back empty.
-std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fourbit_linear_backward_cpu(
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fourbit_linear_backward_op(
     const Tensor& grad_y, const Tensor& x, const Tensor& packed, const Tensor& absmax,
     std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset,
     int64_t blocksize, int64_t nested_blocksize, int64_t quant_type, std::vector<Tensor> lora_A,
     std::vector<Tensor> lora_B, const Tensor& u, std::vector<double> scaling, std::vector<double> dropout,
     std::optional<Tensor> seed, int64_t compute_dtype, bool want_x, std::vector<bool> want_A,
     std::vector<bool> want_B) {
+  const Host host(x);
   STD_TORCH_CHECK(x.dim() == 2 && grad_y.dim() == 2, "x and grad_y must have 2 dimensions here, got ", x.dim(), " and ",
                   grad_y.dim(), ".");
   const int64_t M = x.size(0), K = x.size(1), N = grad_y.size(1);
@@ -126,19 +131,19 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fourbit_linear_back
                           .adapter_count = static_cast<int>(adapters.plain.size()),
                           .seed = seed_data,
                           .U = static_cast<float*>(const_cast<void*>(u.const_data_ptr()))};
-  cpu::lora_linear_backward(
-      {of, G.const_data_ptr(), leading_dimension(G), want_x ? grad_x.mutable_data_ptr() : nullptr}, torch_threads());
+  kernels::lora_linear_backward(
+      {of, G.const_data_ptr(), leading_dimension(G), want_x ? grad_x.mutable_data_ptr() : nullptr}, host);
   return {grad_x, grads.A, grads.B};
 }
 
 }  // namespace
 
 void register_fourbit(torch::stable::detail::StableLibrary& library) {
-  library.impl("fourbit_quantize", TORCH_BOX(&fourbit_quantize_cpu));
-  library.impl("fourbit_quantize_absmax", TORCH_BOX(&fourbit_quantize_absmax_cpu));
-  library.impl("fourbit_dequantize", TORCH_BOX(&fourbit_dequantize_cpu));
-  library.impl("fourbit_linear", TORCH_BOX(&fourbit_linear_cpu));
-  library.impl("fourbit_linear_backward", TORCH_BOX(&fourbit_linear_backward_cpu));
+  library.impl("fourbit_quantize", TORCH_BOX(&fourbit_quantize_op));
+  library.impl("fourbit_quantize_absmax", TORCH_BOX(&fourbit_quantize_absmax_op));
+  library.impl("fourbit_dequantize", TORCH_BOX(&fourbit_dequantize_op));
+  library.impl("fourbit_linear", TORCH_BOX(&fourbit_linear_op));
+  library.impl("fourbit_linear_backward", TORCH_BOX(&fourbit_linear_backward_op));
 }
 
 }  // namespace peftfast

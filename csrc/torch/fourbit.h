@@ -21,8 +21,8 @@ inline void check_blocksize(int64_t blocksize) {
 }
 
 inline const void* checked(const Tensor& t, const char* name, ScalarType type, int64_t count) {
-  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == type, name, " must be contiguous ",
-                  type == ScalarType::Byte ? "uint8" : "float32", " on the CPU.");
+  STD_TORCH_CHECK(on_device(t) && t.is_contiguous() && t.scalar_type() == type, name, " must be contiguous ",
+                  type == ScalarType::Byte ? "uint8" : "float32", " ", the_device, ".");
   STD_TORCH_CHECK(t.numel() == count, name, " has ", t.numel(), " elements, expected ", count, ".");
   return t.const_data_ptr();
 }

@@ -8,6 +8,7 @@
 #include "lora.h"
 #include "moe.h"
 
+#ifndef PEFTFAST_CUDA
 STABLE_TORCH_LIBRARY(peftfast, library) {
   library.def(
       "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor[] lora_A, Tensor[] lora_B, float[] scaling, "
@@ -62,9 +63,11 @@ STABLE_TORCH_LIBRARY(peftfast, library) {
       "bool[] want) -> Tensor[]");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(peftfast, CPU, library) {
+STABLE_TORCH_LIBRARY_IMPL(peftfast, CPU, library) { peftfast::register_adapter(library); }
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(peftfast, PEFTFAST_DISPATCH_KEY, library) {
   peftfast::register_lora(library);
   peftfast::register_fourbit(library);
   peftfast::register_moe(library);
-  peftfast::register_adapter(library);
 }

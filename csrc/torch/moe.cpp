@@ -10,17 +10,19 @@ namespace peftfast {
 namespace {
 
 const int64_t* int64s(const Tensor& t, const char* name, int64_t count) {
-  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == ScalarType::Long && t.numel() == count, name,
-                  " must be ", count, " contiguous int64 values on the CPU.");
+  STD_TORCH_CHECK(on_device(t) && t.is_contiguous() && t.scalar_type() == ScalarType::Long && t.numel() == count, name,
+                  " must be ", count, " contiguous int64 values ", the_device, ".");
   return static_cast<const int64_t*>(t.const_data_ptr());
 }
 
-// Groups whose offsets ascend within M rows and whose experts and slots exist.
+// Groups whose offsets ascend within M rows and whose experts and slots exist; on a GPU, where reading them would mean
+// to wait, whoever calls answers for that.
 Groups groups_of(const Tensor& offsets, const Tensor& experts, const Tensor& slots, int64_t M, int64_t expert_count,
                  int64_t slot_count) {
   const int64_t count = experts.numel();
   const Groups groups{count, int64s(offsets, "offsets", count + 1), int64s(experts, "experts", count),
                       int64s(slots, "slots", count)};
+  if constexpr (!host_reads_tensors) return groups;
   STD_TORCH_CHECK(groups.offsets[0] >= 0 && groups.offsets[count] <= M, "offsets must be within [0, ", M, "].");
   for (int64_t g = 0; g < count; ++g) {
     STD_TORCH_CHECK(groups.offsets[g] <= groups.offsets[g + 1], "offsets must ascend.");
@@ -48,7 +50,7 @@ struct Weights {
     plain.transposed = transposed;
     plain.ld = shape[2];
     if (!weight.has_value()) return;
-    STD_TORCH_CHECK(weight->is_cpu(), "weight must be on the CPU.");
+    STD_TORCH_CHECK(on_device(*weight), "weight must be ", the_device, ".");
     if (absmax.has_value()) {
       plain.fourbit = matrix_of(*weight, *absmax, nested_absmax, nested_code, nested_offset, blocksize,
                                 nested_blocksize, quant_type, experts * N * K);
@@ -71,7 +73,7 @@ struct Stack {
         int64_t N, int64_t K, DType base) {
     STD_TORCH_CHECK(lora_A.has_value() == lora_B.has_value(), "lora_A and lora_B must come together.");
     if (!lora_A.has_value()) return;
-    STD_TORCH_CHECK(lora_A->is_cpu() && lora_B->is_cpu(), "lora_A and lora_B must be on the CPU.");
+    STD_TORCH_CHECK(on_device(*lora_A) && on_device(*lora_B), "lora_A and lora_B must be ", the_device, ".");
     STD_TORCH_CHECK(lora_A->dim() == 3 && lora_A->size(2) == K, "lora_A has shape ", shape_text(*lora_A),
                     ", expected [slots, rank, ", K, "].");
     const int64_t slots = lora_A->size(0), rank = lora_A->size(1);
@@ -94,12 +96,15 @@ struct Stack {
 };
 
 // x [M, K] in groups, weight [experts, N, K] or none -> (y [M, N], u [M, rank] fp32)
-std::tuple<Tensor, Tensor> grouped_linear_cpu(
-    const Tensor& x, std::optional<Tensor> weight, std::optional<Tensor> absmax, std::optional<Tensor> nested_absmax,
-    std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset, int64_t blocksize, int64_t nested_blocksize,
-    int64_t quant_type, std::vector<int64_t> shape, bool transposed, const Tensor& offsets, const Tensor& experts,
-    const Tensor& slots, std::optional<Tensor> bias, std::optional<Tensor> lora_A, std::optional<Tensor> lora_B,
-    double scaling, double dropout, std::optional<Tensor> seed, int64_t compute_dtype) {
+std::tuple<Tensor, Tensor> grouped_linear_op(const Tensor& x, std::optional<Tensor> weight,
+                                             std::optional<Tensor> absmax, std::optional<Tensor> nested_absmax,
+                                             std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset,
+                                             int64_t blocksize, int64_t nested_blocksize, int64_t quant_type,
+                                             std::vector<int64_t> shape, bool transposed, const Tensor& offsets,
+                                             const Tensor& experts, const Tensor& slots, std::optional<Tensor> bias,
+                                             std::optional<Tensor> lora_A, std::optional<Tensor> lora_B, double scaling,
+                                             double dropout, std::optional<Tensor> seed, int64_t compute_dtype) {
+  const Host host(x);
   STD_TORCH_CHECK(x.dim() == 2, "x must have 2 dimensions here, got ", x.dim(), ".");
   const Weights W(weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, nested_blocksize, quant_type,
                   shape, transposed, x.scalar_type(), compute_dtype);
@@ -115,31 +120,32 @@ std::tuple<Tensor, Tensor> grouped_linear_cpu(
   }
   const Tensor X = with_contiguous_rows(x);
   Tensor y = empty({M, W.N}, x.scalar_type()), u = empty({M, stack.plain.rank}, ScalarType::Float);
-  cpu::grouped_linear({.M = M,
-                       .N = W.N,
-                       .K = W.K,
-                       .dtype = dtype,
-                       .groups = groups_of(offsets, experts, slots, M, W.experts, stack.plain.slots),
-                       .X = X.const_data_ptr(),
-                       .ldx = leading_dimension(X),
-                       .W = W.plain,
-                       .bias = bias32 ? static_cast<const float*>(bias32->const_data_ptr()) : nullptr,
-                       .lora = stack.plain,
-                       .seed = seed_of(seed, stack.plain.dropout > 0),
-                       .U = static_cast<float*>(u.mutable_data_ptr()),
-                       .Y = y.mutable_data_ptr()},
-                      torch_threads());
+  kernels::grouped_linear({.M = M,
+                           .N = W.N,
+                           .K = W.K,
+                           .dtype = dtype,
+                           .groups = groups_of(offsets, experts, slots, M, W.experts, stack.plain.slots),
+                           .X = X.const_data_ptr(),
+                           .ldx = leading_dimension(X),
+                           .W = W.plain,
+                           .bias = bias32 ? static_cast<const float*>(bias32->const_data_ptr()) : nullptr,
+                           .lora = stack.plain,
+                           .seed = seed_of(seed, stack.plain.dropout > 0),
+                           .U = static_cast<float*>(u.mutable_data_ptr()),
+                           .Y = y.mutable_data_ptr()},
+                          host);
   return {y, u};
 }
 
 // grad_y [M, N] -> (grad_x [M, K], grad_A, grad_B); what is not wanted comes back empty.
-std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward_cpu(
+std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward_op(
     const Tensor& grad_y, const Tensor& x, std::optional<Tensor> weight, std::optional<Tensor> absmax,
     std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset,
     int64_t blocksize, int64_t nested_blocksize, int64_t quant_type, std::vector<int64_t> shape, bool transposed,
     const Tensor& offsets, const Tensor& experts, const Tensor& slots, std::optional<Tensor> lora_A,
     std::optional<Tensor> lora_B, const Tensor& u, double scaling, double dropout, std::optional<Tensor> seed,
     int64_t compute_dtype, bool want_x, bool want_A, bool want_B) {
+  const Host host(x);
   STD_TORCH_CHECK(x.dim() == 2, "x must have 2 dimensions here, got ", x.dim(), ".");
   const Weights W(weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, nested_blocksize, quant_type,
                   shape, transposed, x.scalar_type(), compute_dtype);
@@ -171,19 +177,19 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward_cpu(
                              .lora = lora,
                              .seed = seed_of(seed, lora.dropout > 0),
                              .U = static_cast<float*>(const_cast<void*>(u.const_data_ptr()))};
-  cpu::grouped_linear_backward(
-      {of, G.const_data_ptr(), leading_dimension(G), want_x ? grad_x.mutable_data_ptr() : nullptr}, torch_threads());
+  kernels::grouped_linear_backward(
+      {of, G.const_data_ptr(), leading_dimension(G), want_x ? grad_x.mutable_data_ptr() : nullptr}, host);
   return {grad_x, grad_A, grad_B};
 }
 
 CombineArgs combine_args(const Tensor& x, const std::optional<Tensor>& weights, const Tensor& places) {
-  STD_TORCH_CHECK(places.dim() == 2 && x.dim() == 2 && x.is_cpu() && x.is_contiguous(),
-                  "x [tokens * top_k, H] must be contiguous on the CPU, and places [tokens, top_k].");
+  STD_TORCH_CHECK(places.dim() == 2 && x.dim() == 2 && on_device(x) && x.is_contiguous(),
+                  "x [tokens * top_k, H] must be contiguous ", the_device, ", and places [tokens, top_k].");
   CombineArgs args{.tokens = places.size(0), .top_k = places.size(1), .H = x.size(1), .dtype = dtype_of(x, "x")};
   STD_TORCH_CHECK(x.size(0) == places.numel(), "x has ", x.size(0), " rows, expected ", places.numel(), ".");
   args.X = x.const_data_ptr();
   args.places = int64s(places, "places", places.numel());
-  for (int64_t i = 0; i < places.numel(); ++i)
+  for (int64_t i = 0; host_reads_tensors && i < places.numel(); ++i)
     STD_TORCH_CHECK(args.places[i] >= 0 && args.places[i] < x.size(0), "places must be in [0, ", x.size(0), ").");
   if (weights.has_value()) {
     check_matrix(*weights, "weights", args.tokens, args.top_k);
@@ -193,37 +199,38 @@ CombineArgs combine_args(const Tensor& x, const std::optional<Tensor>& weights, 
 }
 
 // x [tokens * top_k, H] -> y [tokens, H]
-Tensor moe_combine_cpu(const Tensor& x, std::optional<Tensor> weights, const Tensor& places) {
+Tensor moe_combine_op(const Tensor& x, std::optional<Tensor> weights, const Tensor& places) {
+  const Host host(x);
   CombineArgs args = combine_args(x, weights, places);
   Tensor y = empty({args.tokens, args.H}, x.scalar_type());
   args.Y = y.mutable_data_ptr();
-  cpu::combine(args, torch_threads());
+  kernels::combine(args, host);
   return y;
 }
 
 // grad_y [tokens, H] -> (grad_x [tokens * top_k, H], grad_weights [tokens, top_k])
-std::tuple<Tensor, Tensor> moe_combine_backward_cpu(const Tensor& grad_y, const Tensor& x,
-                                                    std::optional<Tensor> weights, const Tensor& places,
-                                                    bool want_weights) {
+std::tuple<Tensor, Tensor> moe_combine_backward_op(const Tensor& grad_y, const Tensor& x, std::optional<Tensor> weights,
+                                                   const Tensor& places, bool want_weights) {
+  const Host host(x);
   const CombineArgs of = combine_args(x, weights, places);
   check_matrix(grad_y, "grad_y", of.tokens, of.H);
   check_dtype(grad_y, "grad_y", x.scalar_type(), "x");
   const Tensor G = as_contiguous(grad_y);
   Tensor grad_x = empty({x.size(0), of.H}, x.scalar_type());
   Tensor grad_weights = empty({want_weights ? of.tokens : 0, of.top_k}, ScalarType::Float);
-  cpu::combine_backward({of, G.const_data_ptr(), grad_x.mutable_data_ptr(),
-                         want_weights ? static_cast<float*>(grad_weights.mutable_data_ptr()) : nullptr},
-                        torch_threads());
+  kernels::combine_backward({of, G.const_data_ptr(), grad_x.mutable_data_ptr(),
+                             want_weights ? static_cast<float*>(grad_weights.mutable_data_ptr()) : nullptr},
+                            host);
   return {grad_x, grad_weights};
 }
 
 }  // namespace
 
 void register_moe(torch::stable::detail::StableLibrary& library) {
-  library.impl("grouped_linear", TORCH_BOX(&grouped_linear_cpu));
-  library.impl("grouped_linear_backward", TORCH_BOX(&grouped_linear_backward_cpu));
-  library.impl("moe_combine", TORCH_BOX(&moe_combine_cpu));
-  library.impl("moe_combine_backward", TORCH_BOX(&moe_combine_backward_cpu));
+  library.impl("grouped_linear", TORCH_BOX(&grouped_linear_op));
+  library.impl("grouped_linear_backward", TORCH_BOX(&grouped_linear_backward_op));
+  library.impl("moe_combine", TORCH_BOX(&moe_combine_op));
+  library.impl("moe_combine_backward", TORCH_BOX(&moe_combine_backward_op));
 }
 
 }  // namespace peftfast

@@ -32,4 +32,5 @@ PYBIND11_MODULE(_C, module) {
   module.def("machine_peak", &machine_peak, pybind11::call_guard<pybind11::gil_scoped_release>());
   module.attr("version") = PEFTFAST_VERSION;
   module.attr("compiler") = PEFTFAST_COMPILER;
+  module.attr("cuda") = PEFTFAST_CUDA_STATE;
 }

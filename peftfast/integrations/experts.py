@@ -21,7 +21,8 @@ from peftfast.integrations import forwards
 from peftfast.nn.fourbit import ENTRIES, pack_state, unpack_state
 from peftfast.nn.moe import Routing, moe_combine
 from peftfast.ops import FourBitWeight, fourbit_dequantize, fourbit_quantize
-from peftfast.ops.lora import DTYPES, KERNEL_DEVICES, name_of
+from peftfast.ops.devices import KERNEL_DEVICES, host_reads
+from peftfast.ops.lora import DTYPES, name_of
 
 NAME = "peftfast"
 
@@ -89,7 +90,7 @@ def _check_routing(experts: nn.Module, hidden_states: Tensor, index: Tensor, wei
         )
     elif weights.shape != index.shape:
         wrong = f"top_k_weights has shape {list(weights.shape)}, expected that of top_k_index, {list(index.shape)}"
-    elif not torch.compiler.is_compiling() and index.numel():
+    elif not torch.compiler.is_compiling() and host_reads(index) and index.numel():
         least, most = index.aminmax()
         elsewhere = getattr(experts, "_is_expert_parallel", False)
         if least < 0 or (most >= experts.num_experts and not elsewhere):

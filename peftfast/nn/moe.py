@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from peftfast.ops import moe_combine
+from peftfast.ops.devices import host_reads
 from peftfast.ops.moe import call
 from peftfast.reference import FourBitWeight
 
@@ -28,11 +29,12 @@ class Routing:
             top_k_index: int64 [tokens, top_k], an expert each; from `count` on: none.
             count: of experts.
         Raises:
-            ValueError: an index is negative.
+            ValueError: an index is negative (looked at on the CPU only).
         """
         self.count, (tokens, top_k) = count, top_k_index.shape
         index = top_k_index.reshape(-1)
-        if index.numel() and index.min() < 0:
+        values = host_reads(index)  # on a GPU, looking would mean to wait
+        if values and index.numel() and index.min() < 0:
             raise ValueError(f"top_k_index holds {int(index.min())}, expected experts from 0 to {count - 1}.")
         sorted_index, order = torch.sort(index, stable=True)
         self.experts = torch.arange(count, device=index.device)
@@ -42,9 +44,8 @@ class Routing:
         self.places = torch.empty_like(order)
         self.places[order] = torch.arange(order.numel(), device=index.device)
         self.places = self.places.view(tokens, top_k)
-        self._without = (
-            index.view(tokens, top_k) >= count if index.numel() and sorted_index[-1] >= count else None
-        )
+        some = index.numel() > 0 and (not values or sorted_index[-1] >= count)
+        self._without = index.view(tokens, top_k) >= count if some else None
 
     def weights(self, top_k_weights: Tensor) -> Tensor:
         """`top_k_weights` [tokens, top_k] with zeros, that get no gradient, where there is no expert."""

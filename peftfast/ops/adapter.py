@@ -11,7 +11,6 @@ from torch import Tensor
 from peftfast import _C, reference  # noqa: F401  (_C registers the operators)
 from peftfast.ops.lora import (
     DTYPES,
-    KERNEL_DEVICES,
     check_dropout,
     check_number,
     check_scaling,
@@ -21,6 +20,7 @@ from peftfast.ops.lora import (
 )  # fmt: skip
 from peftfast.reference import ACTIVATIONS
 
+KERNEL_DEVICES = ("cpu",)
 FORWARD = torch.ops.peftfast.bottleneck_adapter.default
 BACKWARD = torch.ops.peftfast.bottleneck_adapter_backward.default
 NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from peftfast import _C, reference  # noqa: F401  (_C registers the operators)
+from peftfast.ops.devices import KERNEL_DEVICES
 from peftfast.ops.lora import (
     DTYPES,
-    KERNEL_DEVICES,
     check_adapters,
     check_bias,
     check_tensors,

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from peftfast import _C, reference  # noqa: F401  (_C registers the operators)
+from peftfast.ops.devices import KERNEL_DEVICES
 from peftfast.reference import as_list
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-KERNEL_DEVICES = ("cpu",)
 FORWARD = torch.ops.peftfast.lora_linear.default
 BACKWARD = torch.ops.peftfast.lora_linear_backward.default
 

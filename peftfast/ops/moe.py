@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from peftfast import _C, reference  # noqa: F401  (_C registers the operators)
+from peftfast.ops.devices import KERNEL_DEVICES, host_reads
 from peftfast.ops.fourbit import check_weight, parts_of
 from peftfast.ops.lora import (
     DTYPES,
-    KERNEL_DEVICES,
     check_dropout,
     check_scaling,
     check_seed,
@@ -55,7 +55,8 @@ def grouped_linear(
         weight: [experts, N, K] in the dtype of x, frozen; [experts, K, N] when `transposed`; or a FourBitWeight
             of that shape. None: no such term, y is what the adapters give.
         offsets: int64 [groups + 1], ascending, within [0, M]: group g is the rows offsets[g] to offsets[g + 1]. Rows
-            of no group come out as zeros.
+            of no group come out as zeros. On a GPU the values of offsets, experts, slots and rows are not checked,
+            since that would mean to wait for it.
         lora_A: [slots, r, K] in the dtype of x or float32; None: no adapters.
         lora_B: [slots, N, r] in the dtype of lora_A, in any strides.
         scaling: a number or a one-element tensor.
@@ -178,15 +179,25 @@ class _GroupedLinear(torch.autograd.Function):
                 grad_x = _sum_rows(grad_x, rows, places, x.shape[0])
             grads[:3] = [grad_x if want_x else None, grad_A if want_A else None, grad_B if want_B else None]
         if want_bias:
-            group = torch.repeat_interleave(experts, offsets.diff())
-            inside = grad_y[offsets[0] : offsets[-1]].float()
-            grads[3] = torch.zeros(bias.shape).index_add_(0, group, inside).to(bias.dtype)
+            grads[3] = _sum_by_expert(grad_y, offsets, experts, bias)
         return tuple(grads)
+
+
+def _sum_by_expert(grad: Tensor, offsets: Tensor, experts: Tensor, bias: Tensor) -> Tensor:
+    """The gradient of `bias` [experts, N]: row e sums the rows of grad whose group has expert e."""
+    total = torch.zeros(bias.shape, dtype=torch.float32, device=grad.device)
+    if experts.numel() == 0:
+        return total.to(bias.dtype)
+    rows = torch.arange(grad.shape[0], device=grad.device)
+    group = torch.searchsorted(offsets, rows, right=True) - 1
+    inside = (group >= 0) & (group < experts.numel())
+    expert = experts[group.clamp(0, experts.numel() - 1)]
+    return total.index_add_(0, expert, grad.float() * inside.unsqueeze(1)).to(bias.dtype)
 
 
 def _gather(x: Tensor, rows: Tensor, offsets: Tensor, slots: Tensor) -> Tensor:
     """x[rows], where only the rows of groups with an adapter need be there."""
-    if torch.compiler.is_compiling() or bool((slots >= 0).all()):
+    if torch.compiler.is_compiling() or not host_reads(slots) or bool((slots >= 0).all()):
         return x.index_select(0, rows)
     gathered, bounds = x.new_empty(rows.numel(), x.shape[1]), offsets.tolist()
     with torch.no_grad():
@@ -228,7 +239,9 @@ def moe_combine(x: Tensor, weights: Tensor, places: Tensor) -> Tensor:
         )
     if x.dim() != 2 or x.shape[0] != places.numel():
         raise ValueError(f"x has shape {list(x.shape)}, expected [{places.numel()}, H].")
-    if not torch.equal(places.reshape(-1).sort().values, torch.arange(places.numel(), device=x.device)):
+    if host_reads(places) and not torch.equal(
+        places.reshape(-1).sort().values, torch.arange(places.numel(), device=x.device)
+    ):
         raise ValueError(f"places must hold each row of x once, from 0 to {places.numel() - 1}.")
     if x.device.type not in KERNEL_DEVICES:
         return reference.moe_combine(x, weights, places)
@@ -325,7 +338,8 @@ def _check(
     groups = offsets.numel() - 1
     if groups < 0:
         raise ValueError("offsets must have an entry more than there are groups, got none.")
-    if bool((offsets.diff() < 0).any()) or offsets[0] < 0 or offsets[-1] > M:
+    values = host_reads(offsets)  # on a GPU, looking would mean to wait
+    if values and (bool((offsets.diff() < 0).any()) or offsets[0] < 0 or offsets[-1] > M):
         raise ValueError(f"offsets must ascend within [0, {M}].")
     slot_count = 0 if lora_A is None else lora_A.shape[0]
     for name, value, least, most in (
@@ -338,7 +352,7 @@ def _check(
             continue
         if name != "rows" and value.numel() != groups:
             raise ValueError(f"{name} has {value.numel()} entries, expected {groups}: one per group.")
-        if value.numel() and (value.max() >= most or (least is not None and value.min() < least)):
+        if values and value.numel() and (value.max() >= most or (least is not None and value.min() < least)):
             raise ValueError(f"{name} holds {int(value.min())} to {int(value.max())}, there are {most}.")
 
 

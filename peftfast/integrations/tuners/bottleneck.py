@@ -19,7 +19,8 @@ from torch.utils.hooks import RemovableHandle
 
 from peftfast.integrations.tuners.registry import register
 from peftfast.nn.adapter import BottleneckAdapter, check_options
-from peftfast.ops.lora import DTYPES, KERNEL_DEVICES
+from peftfast.ops.adapter import KERNEL_DEVICES
+from peftfast.ops.lora import DTYPES
 
 PEFT_TYPE = "BOTTLENECK"
 PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
