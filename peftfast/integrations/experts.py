@@ -19,7 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 
 from peftfast.integrations import forwards
 from peftfast.nn.fourbit import ENTRIES, pack_state, unpack_state
-from peftfast.nn.moe import Routing, moe_combine
+from peftfast.nn.moe import Routing
 from peftfast.ops import FourBitWeight, fourbit_dequantize, fourbit_quantize
 from peftfast.ops.lora import DTYPES, KERNEL_DEVICES, name_of
 
@@ -78,7 +78,7 @@ def call(
         hidden = _project(experts, down, hidden, routing, adapters)
         if experts.has_post_expert_norm:
             hidden = experts.post_expert_norm(hidden)
-        return moe_combine(hidden, routing.weights(top_k_weights), routing.places).to(hidden_states.dtype)
+        return routing.combine(hidden, top_k_weights).to(hidden_states.dtype)
 
 
 def _check_routing(experts: nn.Module, hidden_states: Tensor, index: Tensor, weights: Tensor) -> None:

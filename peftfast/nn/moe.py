@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftfast.ops import moe_combine
-from peftfast.ops.moe import call
+from peftfast.ops import moe
 from peftfast.reference import FourBitWeight
 
-__all__ = ["Routing", "moe_combine"]
+__all__ = ["Routing"]
 
 
 class Routing:
@@ -28,11 +27,12 @@ class Routing:
             top_k_index: int64 [tokens, top_k], an expert each; from `count` on: none.
             count: of experts.
         Raises:
-            ValueError: an index is negative.
+            ValueError: an index is negative; under torch.compile it stands for no expert.
         """
         self.count, (tokens, top_k) = count, top_k_index.shape
         index = top_k_index.reshape(-1)
-        if index.numel() and index.min() < 0:
+        compiling = torch.compiler.is_compiling()  # then what depends on values cannot be asked
+        if not compiling and index.numel() and index.min() < 0:
             raise ValueError(f"top_k_index holds {int(index.min())}, expected experts from 0 to {count - 1}.")
         sorted_index, order = torch.sort(index, stable=True)
         self.experts = torch.arange(count, device=index.device)
@@ -42,9 +42,9 @@ class Routing:
         self.places = torch.empty_like(order)
         self.places[order] = torch.arange(order.numel(), device=index.device)
         self.places = self.places.view(tokens, top_k)
-        self._without = (
-            index.view(tokens, top_k) >= count if index.numel() and sorted_index[-1] >= count else None
-        )
+        self._without = None
+        if compiling or (index.numel() and sorted_index[-1] >= count):
+            self._without = top_k_index >= count
 
     def weights(self, top_k_weights: Tensor) -> Tensor:
         """`top_k_weights` [tokens, top_k] with zeros, that get no gradient, where there is no expert."""
@@ -73,8 +73,16 @@ class Routing:
         Returns:
             [tokens * top_k, N], sorted.
         """
-        return call(
+        return moe.call(
             x, weight, self.offsets, self.experts, slots, lora_A, lora_B, scaling,
             self.rows if gather else None, bias, dropout, transposed,
             compute_dtype=compute_dtype, places=self.places if gather else None,
         )  # fmt: skip
+
+    def repeat(self, x: Tensor) -> Tensor:
+        """The sorted rows [tokens * top_k, N] of the tokens x [tokens, N]."""
+        return moe.repeat(x, self.rows, self.places)
+
+    def combine(self, x: Tensor, top_k_weights: Tensor) -> Tensor:
+        """`peftfast.ops.moe_combine` of the sorted rows x [tokens * top_k, N]: [tokens, N]."""
+        return moe.combine(x, self.weights(top_k_weights), self.places)
