@@ -9,26 +9,37 @@ Usage:
 
     python benchmarks/bench_adapter.py --quick      # H 2048 and D 64 at 512 tokens, without and with a norm; minutes
     python benchmarks/bench_adapter.py --hidden 2048 4096 --size 64 256 --tokens 1 64 512 4096
+    python benchmarks/bench_adapter.py --quick --model --dtype fp32 bf16      # a training step of a model; minutes
 
 Placements: "parallel" reads an x of its own and adds to another tensor; "after" reads the tensor that it adds to, and
 has a LayerNorm. Timed are "forward", without gradients, and "forward+backward", with those of the input, the residual
 and all parameters. The work counted is the least possible: two products of H x D per token, and four in backward.
+
+With --model it is instead a "step", forward, loss and backward, of a frozen Llama with random weights, with an adapter
+after each feed-forward block (`peftfast.BottleneckConfig(placement="pfeiffer")`), without and with a norm of its own:
+"eager" is the same model whose adapters compute as modules of torch, in the model's dtype like ours. The work of the
+frozen linear layers counts too. Saved is what the adapters keep, their input included, beyond what the model with a
+bias in their place does.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from record import DTYPES, Contender, parsed, parser_of, positive, run
+from peft import get_peft_model
+from record import DTYPES, Contender, parsed, parser_of, positive, run, speed_bar, verdict
 from torch import nn
 from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import peftfast
 from peftfast.nn import BottleneckAdapter
 from peftfast.testing import bytes_saved_for_backward
 
@@ -39,13 +50,14 @@ ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 class Point:
     """One workload."""
 
-    call: str  # "forward" or "forward+backward"
+    call: str  # "forward" or "forward+backward"; of a model "step"
     dtype: str
     tokens: int
     hidden: int
     size: int
-    placement: str  # "parallel" or "after"
+    placement: str  # "parallel" or "after"; of a model "pfeiffer" or "pfeiffer, norm"
     activation: str
+    layers: int | None = None  # of a model
 
 
 class Eager(nn.Module):
@@ -65,6 +77,8 @@ class Eager(nn.Module):
 
 def contenders(point: Point, device: str) -> dict[str, Contender]:
     """The implementations at one point, rivals and ours."""
+    if point.layers is not None:
+        return contenders_in_model(point, device)
     torch.manual_seed(0)
     dtype, backward = DTYPES[point.dtype], point.call == "forward+backward"
     tokens, hidden, size, after = point.tokens, point.hidden, point.size, point.placement == "after"
@@ -119,6 +133,110 @@ def contenders(point: Point, device: str) -> dict[str, Contender]:
     }
 
 
+def model_with_adapters(point: Point, device: str) -> nn.Module:
+    """A frozen Llama with random weights in TinyLlama's shape, and adapters that are not zero."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=point.hidden,
+        intermediate_size=point.hidden * 11 // 4,
+        num_hidden_layers=point.layers,
+        num_attention_heads=max(1, point.hidden // 64),
+        num_key_value_heads=max(1, point.hidden // 512),
+        max_position_embeddings=max(2048, point.tokens),
+        use_cache=False,
+    )
+    with torch.device(device):
+        base = LlamaForCausalLM._from_config(config, dtype=DTYPES[point.dtype])
+    adapters = peftfast.BottleneckConfig(
+        placement="pfeiffer",
+        bottleneck_size=point.size,
+        activation=point.activation,
+        layer_norm=point.placement == "pfeiffer, norm",
+        init="normal",
+    )
+    return get_peft_model(base, adapters, autocast_adapter_dtype=False).train()
+
+
+@contextmanager
+def computing(model: nn.Module, forward_of: Callable[[BottleneckAdapter], Callable]) -> Iterator[None]:
+    """The model with other forwards of its adapters."""
+    before = {module: module.forward for module in model.modules() if isinstance(module, BottleneckAdapter)}
+    for adapter in before:
+        adapter.forward = forward_of(adapter)
+    try:
+        yield
+    finally:
+        for adapter, forward in before.items():
+            adapter.forward = forward
+
+
+def contenders_in_model(point: Point, device: str) -> dict[str, Contender]:
+    """A training step of a model, whose adapters are modules of torch or ours."""
+    model = model_with_adapters(point, device)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ids = torch.randint(32000, (1, point.tokens), device=device)
+    weights = sum(
+        weight.numel()
+        for name, weight in model.named_parameters()
+        if weight.dim() == 2 and not weight.requires_grad and "embed_tokens" not in name
+    )
+    adapters = sum(parameter.numel() for parameter in parameters if parameter.dim() == 2)
+
+    def loss(rows: int = point.tokens) -> torch.Tensor:
+        return model(input_ids=ids[:, :rows], labels=ids[:, :rows]).loss
+
+    def step(rows: int = point.tokens) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(loss(rows), parameters)
+
+    def bias(adapter: BottleneckAdapter) -> Callable:
+        return lambda x, residual: residual + adapter.up_bias
+
+    def kept() -> int:
+        with computing(model, bias):
+            without = bytes_saved_for_backward(loss, model.parameters())
+        return bytes_saved_for_backward(loss, model.parameters()) - without
+
+    contender = partial(
+        Contender,
+        run=step(),
+        flops=2 * point.tokens * (2 * weights + 3 * adapters),
+        bytes_moved=2 * weights * DTYPES[point.dtype].itemsize,
+        shrunk=step,
+        rows=point.tokens,
+        saved_bytes=kept,
+    )
+    eager = partial(computing, model, lambda adapter: Eager(adapter).forward)
+
+    return {
+        "eager": contender(context=eager),
+        "peftfast": contender(ours=True),
+    }
+
+
+# -------------------------------------------------------------------------------------------- acceptance
+
+
+def acceptance(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """The bars that a model's step has to reach on the CPU, with what this run has seen of them."""
+    steps = [row for row in rows if row["point"]["call"] == "step"]
+    ratios = {}
+    for row in steps:
+        eager, ours = (row["implementations"][name].get("saved_bytes") for name in ("eager", "peftfast"))
+        if eager is not None:
+            ratios[f"{row['point']['dtype']} {row['point']['placement']}"] = ours / eager
+    return [
+        speed_bar("a model's step", 1.2, steps, ["eager"]),
+        verdict(
+            "what its adapters keep for backward, of eager's",
+            "at most 50%",
+            [f"{where}: {ratio:.0%}" for where, ratio in ratios.items()],
+            [ratio <= 0.5 for ratio in ratios.values()],
+            len(steps) - len(ratios),
+        ),
+    ]
+
+
 # ------------------------------------------------------------------------------------------ command line
 
 
@@ -131,6 +249,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--size", nargs="+", type=positive, default=[64, 256], metavar="D")
     add("--placement", nargs="+", choices=["parallel", "after"], default=["parallel", "after"])
     add("--activation", nargs="+", choices=ACTIVATIONS, default=["gelu"])
+    add("--model", action="store_true", help="a training step of a model instead of one adapter")
+    add("--layers", type=positive, default=4, help="of the model")
     options = parsed(parser, arguments)
     if options.quick:
         options.hidden, options.size, options.tokens = [2048], [64], [512]
@@ -139,6 +259,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    if options.model:
+        placements = ["pfeiffer", "pfeiffer, norm"]
+        workloads = itertools.product(
+            options.dtype, options.tokens, options.hidden, options.size, placements, options.activation
+        )
+        points = [Point("step", *workload, options.layers) for workload in workloads]
+        run("adapter-model", options, points, contenders, acceptance=lambda record: acceptance(record.rows))
+        return
     workloads = itertools.product(
         options.dtype, options.tokens, options.hidden, options.size, options.placement, options.activation
     )

@@ -24,10 +24,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from peft import PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
-from record import DTYPES, Contender, parsed, parser_of, positive, run
+from record import DTYPES, Contender, parsed, parser_of, positive, run, speed_bar
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftfast
@@ -121,6 +122,17 @@ def contenders(point: Point, device: str) -> dict[str, Contender]:
     }
 
 
+def acceptance(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """The bar that a prefix has to reach on the CPU, with what this run has seen of it."""
+    steps = []
+    for row in rows:
+        point = row["point"]
+        if point["method"] == "prefix" and (point["samples"], point["virtual"]) == (4, 50):
+            found = {name: row["implementations"][name] for name in ("PEFT", "peftfast")}
+            steps.append(row | {"implementations": found})
+    return [speed_bar("a step with a prefix of 50 tokens, 4 samples", 1.2, steps, ["PEFT"])]
+
+
 # ------------------------------------------------------------------------------------------ command line
 
 
@@ -148,7 +160,7 @@ def main() -> None:
         options.method, options.dtype, options.samples, options.tokens, options.virtual
     )
     points = [Point(*workload, options.layers, options.hidden) for workload in workloads]
-    run("prompts", options, points, contenders)
+    run("prompts", options, points, contenders, acceptance=lambda record: acceptance(record.rows))
 
 
 if __name__ == "__main__":

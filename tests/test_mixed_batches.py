@@ -137,6 +137,32 @@ def test_a_batch_gives_what_peft_gives(kind, dtype, order):
     assert_parity(adapted(kind, dtype), x, names)
 
 
+@pytest.mark.parametrize("kind", ["linear", "fourbit"])
+def test_a_compiled_layer_is_one_graph(kind):
+    torch._dynamo.reset()
+    layer, names = adapted(kind).base_model.model[0], ORDERS["shuffled"]
+
+    def run(x):
+        return layer(x, adapter_names=names)
+
+    x = torch.randn(len(names), 3, INPUTS)
+    with peftfast.enabled(strict=True):
+        assert torch.equal(torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x))
+
+
+def test_compiled_model():
+    """In several graphs: PEFT puts hooks on a model's layers in every forward."""
+    torch._dynamo.reset()
+    model, names = adapted(), ORDERS["shuffled"]
+    x = torch.randn(len(names), 3, INPUTS)
+    with peftfast.enabled(strict=True):
+        expected = step(model, x, names)
+        ours = step(torch.compile(model, backend="eager"), x, names)
+    for name, value in expected.items():
+        prefix = "" if name in ("output", "input") else "_orig_mod."
+        assert torch.equal(ours[prefix + name], value), name
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (3, 2)], ids=str)
 def test_samples_of_any_shape(shape):
     names = ORDERS["shuffled"]

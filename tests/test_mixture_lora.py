@@ -317,6 +317,19 @@ def test_the_balance_loss_is_in_the_loss():
         assert model(**inputs).loss.item() == pytest.approx(plain.loss.item(), rel=1e-6)
 
 
+def test_padding_is_left_out_of_it_however_the_mask_is_given():
+    model = get_peft_model(
+        base_model(), MixtureLoraConfig(r=3, num_experts=5)
+    ).train()  # hands on what it is given
+    inputs = batch()
+    expected = randomize(model)(**inputs)
+    ids, mask, labels = inputs.values()
+    assert model(ids, mask).aux_loss.item() == expected.aux_loss.item()
+    assert model(ids, torch.ones_like(mask)).aux_loss.item() != expected.aux_loss.item()
+    loss, *_ = model(ids, mask, None, None, None, labels, return_dict=False)
+    assert loss.item() == expected.loss.item()
+
+
 def test_its_gradient():
     model = adapted(base_model()).train()
     model(**batch()).aux_loss.backward()

@@ -603,6 +603,34 @@ def test_combine_for_any_number_of_threads_and_layout():
     assert all(map(torch.equal, run(*other), one))
 
 
+@pytest.mark.parametrize("fourbit", [False, True], ids=["dense", "4-bit"])
+def test_experts_compiled(fourbit):
+    """A layer of experts in one graph: sorting, both projections, what is in between, and putting together."""
+    torch._dynamo.reset()
+    count, H, width = 4, 12, 10
+    index = torch.tensor([[0, 3], [3, count], [1, 0], [count, count]])  # `count`: no expert
+    up, down = torch.randn(count, width, H), torch.randn(count, H, width)
+    if fourbit:
+        up, down = fourbit_quantize(up), fourbit_quantize(down)
+    shapes = (count, 3, H), (count, width, 3), (count, 2, width), (count, H, 2)
+    factors = [torch.randn(shape).requires_grad_() for shape in shapes]
+    x, weights = torch.randn(4, H).requires_grad_(), torch.rand(4, 2).requires_grad_()
+
+    def layer(x, weights):
+        routing = Routing(index, count)
+        A, B, C, D = factors
+        hidden = routing.linear(x, up, A, B, 2.0, slots=routing.experts, gather=True).relu()
+        hidden = hidden + routing.repeat(x)[:, :width]
+        return routing.combine(routing.linear(hidden, down, C, D, 0.5, slots=routing.experts), weights)
+
+    def run(function):
+        y = function(x, weights)
+        return y.detach(), *torch.autograd.grad(y.square().sum(), (x, weights, *factors))
+
+    for ours, expected in zip(run(torch.compile(layer, fullgraph=True, backend="aot_eager")), run(layer)):
+        torch.testing.assert_close(ours, expected)
+
+
 def test_combine_asks_for_no_gradient_of_frozen_weights():
     x, weights = torch.randn(6, 8, requires_grad=True), torch.rand(3, 2)
     y = moe_combine(x, weights, torch.randperm(6).view(3, 2))

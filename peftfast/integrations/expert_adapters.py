@@ -9,7 +9,6 @@ PEFT's layouts: lora_A.weight is [experts * r, in] with the expert as the slowes
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 
 import torch
@@ -20,7 +19,7 @@ from torch.nn.utils import parametrize
 
 from peftfast.integrations import experts
 from peftfast.integrations.bases import is_plain, is_plain_tensor
-from peftfast.integrations.merging import MergesAtOnce
+from peftfast.integrations.merging import MergesAtOnce, warn_of_rounding
 from peftfast.ops import fourbit_dequantize
 
 
@@ -51,11 +50,7 @@ class ParamWrapper(MergesAtOnce, Wrapper):
         for adapter in names:
             weight += sign * self.get_delta_weight(adapter).float()
         self.requantization_error = experts.requantize(base, name, weight)
-        warnings.warn(
-            f"{name} of 4-bit experts was quantized anew as its adapters were merged or unmerged, with a relative "
-            f"error of its weight of {self.requantization_error:.2%}.",
-            stacklevel=3,
-        )
+        warn_of_rounding(self, self.requantization_error, name)
 
 
 def layer_for(target: nn.Module, adapter_name: str, parameter_name: str, config, **kwargs):

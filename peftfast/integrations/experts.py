@@ -19,7 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 
 from peftfast.integrations import forwards
 from peftfast.nn.fourbit import ENTRIES, pack_state, unpack_state
-from peftfast.nn.moe import Routing, moe_combine
+from peftfast.nn.moe import Routing
 from peftfast.ops import FourBitWeight, fourbit_dequantize, fourbit_quantize
 from peftfast.ops.devices import KERNEL_DEVICES, host_reads
 from peftfast.ops.lora import DTYPES, name_of
@@ -79,7 +79,7 @@ def call(
         hidden = _project(experts, down, hidden, routing, adapters)
         if experts.has_post_expert_norm:
             hidden = experts.post_expert_norm(hidden)
-        return moe_combine(hidden, routing.weights(top_k_weights), routing.places).to(hidden_states.dtype)
+        return routing.combine(hidden, top_k_weights).to(hidden_states.dtype)
 
 
 def _check_routing(experts: nn.Module, hidden_states: Tensor, index: Tensor, weights: Tensor) -> None:
@@ -90,7 +90,7 @@ def _check_routing(experts: nn.Module, hidden_states: Tensor, index: Tensor, wei
         )
     elif weights.shape != index.shape:
         wrong = f"top_k_weights has shape {list(weights.shape)}, expected that of top_k_index, {list(index.shape)}"
-    elif not torch.compiler.is_compiling() and host_reads(index) and index.numel():
+    elif host_reads(index) and index.numel():
         least, most = index.aminmax()
         elsewhere = getattr(experts, "_is_expert_parallel", False)
         if least < 0 or (most >= experts.num_experts and not elsewhere):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import nn
+
+from peftfast.integrations.forwards import name_of, outermost
 
 
 class MergesAtOnce:
@@ -39,3 +43,22 @@ class MergesAtOnce:
             return
         self._add([name for name in self.merged_adapters if name in self.lora_A], -1)
         self.merged_adapters.clear()
+
+
+_warned_of: weakref.WeakKeyDictionary[nn.Module, float] = weakref.WeakKeyDictionary()
+
+
+def warn_of_rounding(layer: nn.Module, error: float, weight: str = "weight") -> None:
+    """Of a model's many layers, which are much alike, warns of the first and of those that are clearly worse.
+
+    For `_add` to call: the warning is then said of the line that called `merge` or `unmerge`.
+    """
+    _, model = outermost(layer)
+    if error > 1.1 * _warned_of.get(model, 0.0):
+        _warned_of[model] = error
+        warnings.warn(
+            f"Layer {name_of(layer, 'lora')} was quantized anew as its adapters were merged or unmerged, with a "
+            f"relative error of its {weight} of {error:.2%}. Other layers are reported only if theirs is clearly "
+            "larger.",
+            stacklevel=5,
+        )

@@ -7,8 +7,6 @@ not, PEFT's own forward does.
 
 from __future__ import annotations
 
-import warnings
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -22,8 +20,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from peftfast.integrations import expert_adapters, mixed_batches
 from peftfast.integrations.bases import KINDS, autocast_dtype, is_plain, is_plain_tensor, why_not_input
-from peftfast.integrations.forwards import last_fallback, name_of, outermost, stand_in, why_not_reached
-from peftfast.integrations.merging import MergesAtOnce
+from peftfast.integrations.forwards import last_fallback, stand_in, why_not_reached
+from peftfast.integrations.merging import MergesAtOnce, warn_of_rounding
 from peftfast.nn.fourbit import Linear4bit
 
 NAME = "lora"
@@ -71,25 +69,10 @@ class LoraLinear4bit(MergesAtOnce, Linear):
         self.requantization_error = base.set_weight(weight)
         if bias is not None:
             base.bias.data = bias.to(base.bias.dtype)
-        _warn_of_rounding(self, self.requantization_error)
+        warn_of_rounding(self, self.requantization_error)
 
     def loftq_init(self, *args, **kwargs) -> None:
         raise ValueError("init_lora_weights='loftq' needs the weight before it was quantized.")
-
-
-_warned_of: weakref.WeakKeyDictionary[nn.Module, float] = weakref.WeakKeyDictionary()
-
-
-def _warn_of_rounding(layer: LoraLinear4bit, error: float) -> None:
-    """Of a model's many layers, which are much alike, warns of the first and of those that are clearly worse."""
-    _, model = outermost(layer)
-    if error > 1.1 * _warned_of.get(model, 0.0):
-        _warned_of[model] = error
-        warnings.warn(
-            f"Layer {name_of(layer, NAME)} was quantized anew as its adapters were merged or unmerged, with a relative "
-            f"error of its weight of {error:.2%}. Other layers are reported only if theirs is clearly larger.",
-            stacklevel=5,
-        )
 
 
 def layer_for(

@@ -194,24 +194,25 @@ def _prompt_forward(
     if position_ids is not None:
         own = torch.arange(shared, virtual, device=position_ids.device).expand(len(position_ids), -1)
         kwargs["position_ids"] = torch.cat((own, position_ids + virtual), dim=1)
-    call = partial(
-        base,
-        inputs_embeds=torch.cat((prompt, embeds), dim=1),
-        attention_mask=mask,
-        labels=labels,
-        **kwargs,
-    )
-    if cache is None:
-        return call(return_dict=inputs["return_dict"])
-
     use_cache = kwargs.get("use_cache")
     if use_cache is None:
         use_cache = getattr(base.config.get_text_config(), "use_cache", False)
-    checkpointed = _is_checkpointed(base)
-    with _checkpointing_with_cache(base):
-        outputs = call(return_dict=True, past_key_values=cache, use_cache=use_cache and not checkpointed)
+    use_cache = use_cache and not _is_checkpointed(base)
+    if cache is not None:
+        kwargs |= dict(past_key_values=cache, use_cache=use_cache)
+    with nullcontext() if cache is None else _checkpointing_with_cache(base):
+        outputs = base(
+            inputs_embeds=torch.cat((prompt, embeds), dim=1),
+            attention_mask=mask,
+            labels=labels,
+            return_dict=inputs["return_dict"] if cache is None else True,
+            **kwargs,
+        )
+    if cache is None:
+        return outputs
+
     outputs.logits = torch.cat((shared_logits, outputs.logits), dim=1)
-    if checkpointed or not use_cache:
+    if not use_cache:
         for name in ("past_key_values", "cache"):  # its name before transformers 5.24, and from there on
             if name in outputs:
                 outputs[name] = None
@@ -246,11 +247,16 @@ def _shared(
         value is not None for name, value in kwargs.items() if name not in ("use_cache", "num_items_in_batch")
     ):
         return 0
-    masked = documents is not None or (
-        attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.all())
-    )
+    masked = documents is not None or (attention_mask is not None and not _shows_all(attention_mask))
     pays = 12 * hidden * virtual * (samples - 1) > length**2 * samples
     return virtual - 1 if masked or pays else 0
+
+
+def _shows_all(attention_mask: Tensor | dict[str, Tensor]) -> bool:
+    """Whether attention runs without a mask; under torch.compile, transformers asks no mask for its values either."""
+    if not isinstance(attention_mask, Tensor) or torch.compiler.is_compiling():
+        return False
+    return bool(attention_mask.all())
 
 
 def _run_shared(base: nn.Module, prompt: Tensor, samples: int) -> tuple[Cache | None, Tensor | None]:

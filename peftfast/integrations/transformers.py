@@ -421,6 +421,8 @@ def _num_parameters(
     return count if only_trainable else count + hidden
 
 
+# For good, since FourBitConfig and the models that it made are there whether or not peftfast is enabled. All others get
+# the original.
 AutoHfQuantizer.merge_quantization_configs = staticmethod(_merge)
 PreTrainedModel.num_parameters = _num_parameters
 if importlib.util.find_spec("bitsandbytes") is None:

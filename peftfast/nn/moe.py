@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftfast.ops import moe_combine
+from peftfast.ops import moe
 from peftfast.ops.devices import host_reads
-from peftfast.ops.moe import call
 from peftfast.reference import FourBitWeight
 
-__all__ = ["Routing", "moe_combine"]
+__all__ = ["Routing"]
 
 
 class Routing:
@@ -29,12 +28,13 @@ class Routing:
             top_k_index: int64 [tokens, top_k], an expert each; from `count` on: none.
             count: of experts.
         Raises:
-            ValueError: an index is negative (looked at on the CPU only).
+            ValueError: an index is negative; where values cannot be looked at, on a GPU and under torch.compile, it
+                stands for no expert.
         """
         self.count, (tokens, top_k) = count, top_k_index.shape
         index = top_k_index.reshape(-1)
-        values = host_reads(index)  # on a GPU, looking would mean to wait
-        if values and index.numel() and index.min() < 0:
+        readable = host_reads(index)
+        if readable and index.numel() and index.min() < 0:
             raise ValueError(f"top_k_index holds {int(index.min())}, expected experts from 0 to {count - 1}.")
         sorted_index, order = torch.sort(index, stable=True)
         self.experts = torch.arange(count, device=index.device)
@@ -44,8 +44,11 @@ class Routing:
         self.places = torch.empty_like(order)
         self.places[order] = torch.arange(order.numel(), device=index.device)
         self.places = self.places.view(tokens, top_k)
-        some = index.numel() > 0 and (not values or sorted_index[-1] >= count)
-        self._without = index.view(tokens, top_k) >= count if some else None
+        self._without = None
+        if not readable:
+            self._without = (top_k_index < 0) | (top_k_index >= count)
+        elif index.numel() and sorted_index[-1] >= count:
+            self._without = top_k_index >= count
 
     def weights(self, top_k_weights: Tensor) -> Tensor:
         """`top_k_weights` [tokens, top_k] with zeros, that get no gradient, where there is no expert."""
@@ -74,8 +77,16 @@ class Routing:
         Returns:
             [tokens * top_k, N], sorted.
         """
-        return call(
+        return moe.call(
             x, weight, self.offsets, self.experts, slots, lora_A, lora_B, scaling,
             self.rows if gather else None, bias, dropout, transposed,
             compute_dtype=compute_dtype, places=self.places if gather else None,
         )  # fmt: skip
+
+    def repeat(self, x: Tensor) -> Tensor:
+        """The sorted rows [tokens * top_k, N] of the tokens x [tokens, N]."""
+        return moe.repeat(x, self.rows, self.places)
+
+    def combine(self, x: Tensor, top_k_weights: Tensor) -> Tensor:
+        """`peftfast.ops.moe_combine` of the sorted rows x [tokens * top_k, N]: [tokens, N]."""
+        return moe.combine(x, self.weights(top_k_weights), self.places)

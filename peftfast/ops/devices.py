@@ -38,5 +38,5 @@ KERNEL_DEVICES = ("cpu", "cuda") if CUDA.endswith("; loaded") else ("cpu",)
 
 
 def host_reads(tensor: Tensor) -> bool:
-    """Whether a value of `tensor` can be looked at without waiting for a GPU."""
-    return tensor.device.type == "cpu"
+    """Whether a value of `tensor` can be looked at: without waiting for a GPU, and not while a graph is made."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

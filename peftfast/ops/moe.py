@@ -104,6 +104,8 @@ def call(
         lora_B, scaling = None if lora_B is None else lora_B * scaling.to(lora_B.dtype), 1.0
     if slots is None:
         slots = torch.full_like(experts, -1)
+    elif slots is experts and torch.compiler.is_compiling():  # which takes no tensor twice
+        slots = slots.clone()
     if device not in KERNEL_DEVICES:
         return reference.grouped_linear(
             x, weight, offsets, lora_A, lora_B, scaling, experts=experts, slots=slots, rows=rows,
@@ -132,6 +134,13 @@ def _parts(weight: Tensor | FourBitWeight) -> tuple:
     return *parts_of(weight), list(weight.shape)
 
 
+def _below_autograd() -> contextlib.AbstractContextManager:
+    """Without the detour through the dispatcher's autograd key, where that is to be had."""
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return torch._C._AutoDispatchBelowAutograd()
+
+
 class _GroupedLinear(torch.autograd.Function):
     """The operator and its gradient. x is kept as it came: rows are gathered again in backward, not stored."""
 
@@ -141,7 +150,7 @@ class _GroupedLinear(torch.autograd.Function):
         compute,
     ):  # fmt: skip
         gathered = x if rows is None else x.index_select(0, rows)
-        with torch._C._AutoDispatchBelowAutograd():
+        with _below_autograd():
             y, u = FORWARD(
                 gathered, *base, transposed, offsets, experts, slots, bias, lora_A, lora_B, scaling, dropout, seed,
                 compute,
@@ -168,9 +177,7 @@ class _GroupedLinear(torch.autograd.Function):
             gathered = _gather(x, rows, offsets, slots) if want_A else x[:1].expand(rows.numel(), -1)
         if want_x or want_A or want_B:
             # Gradients are recorded only for create_graph; then the operator's own autograd refuses in clear words.
-            with (
-                contextlib.nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd()
-            ):
+            with contextlib.nullcontext() if torch.is_grad_enabled() else _below_autograd():
                 grad_x, grad_A, grad_B = BACKWARD(
                     grad_y, gathered, *parts, *format, transposed, offsets, experts, slots, lora_A, lora_B, u, scaling,
                     dropout, seed, compute, want_x, want_A, want_B,
@@ -197,7 +204,7 @@ def _sum_by_expert(grad: Tensor, offsets: Tensor, experts: Tensor, bias: Tensor)
 
 def _gather(x: Tensor, rows: Tensor, offsets: Tensor, slots: Tensor) -> Tensor:
     """x[rows], where only the rows of groups with an adapter need be there."""
-    if torch.compiler.is_compiling() or not host_reads(slots) or bool((slots >= 0).all()):
+    if not host_reads(slots) or bool((slots >= 0).all()):
         return x.index_select(0, rows)
     gathered, bounds = x.new_empty(rows.numel(), x.shape[1]), offsets.tolist()
     with torch.no_grad():
@@ -208,9 +215,9 @@ def _gather(x: Tensor, rows: Tensor, offsets: Tensor, slots: Tensor) -> Tensor:
 
 
 def _sum_rows(grad: Tensor, rows: Tensor, places: Tensor | None, count: int) -> Tensor:
-    """Row t of `count` is the sum of grad[i] over rows[i] = t."""
-    if places is not None:
-        return COMBINE(grad, None, places)
+    """Row t of `count` is the sum of grad[i] over rows[i] = t, in fp32. places: as in `call`."""
+    if places is not None and grad.device.type in KERNEL_DEVICES:
+        return COMBINE(grad.contiguous(), None, places)
     total = torch.zeros(count, grad.shape[1], dtype=torch.float32, device=grad.device)
     return total.index_add_(0, rows, grad.float()).to(grad.dtype)
 
@@ -243,9 +250,32 @@ def moe_combine(x: Tensor, weights: Tensor, places: Tensor) -> Tensor:
         places.reshape(-1).sort().values, torch.arange(places.numel(), device=x.device)
     ):
         raise ValueError(f"places must hold each row of x once, from 0 to {places.numel() - 1}.")
+    return combine(x, weights, places)
+
+
+def combine(x: Tensor, weights: Tensor, places: Tensor) -> Tensor:
+    """`moe_combine` for a caller whose arguments are right: no checks but those that guard memory."""
     if x.device.type not in KERNEL_DEVICES:
         return reference.moe_combine(x, weights, places)
     return _Combine.apply(x, weights, places)
+
+
+def repeat(x: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+    """x[rows], whose gradients are added up in fp32; `places` [T, times] is where each row of x is among `rows`."""
+    return _Repeat.apply(x, rows, places)
+
+
+class _Repeat(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, rows, places):
+        ctx.save_for_backward(rows, places)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        rows, places = ctx.saved_tensors
+        return _sum_rows(grad, rows, places, len(places)), None, None
 
 
 class _Combine(torch.autograd.Function):

@@ -9,15 +9,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from peftfast.integrations.tuners.registry import register
+from peftfast.integrations.tuners.registry import register, targeted
 from peftfast.nn.adapter import BottleneckAdapter, check_options
 from peftfast.ops.adapter import KERNEL_DEVICES
 from peftfast.ops.lora import DTYPES
@@ -189,15 +188,8 @@ def find_targets(config: BottleneckConfig, model: nn.Module) -> tuple[dict[str, 
             for name, module in base_modules(model)
             if name
         }
-    wanted = SimpleNamespace(
-        target_modules=config.target_modules or {name.rpartition(".")[2] for name in found},
-        target_parameters=None,
-        exclude_modules=config.exclude_modules,
-        modules_to_save=config.modules_to_save,
-        layers_to_transform=config.layers_to_transform,
-        layers_pattern=None,
-    )
-    matched = {name: check_target_module_exists(wanted, name) for name in found}
+    wanted = config.target_modules or {name.rpartition(".")[2] for name in found}
+    matched = {name: targeted(name, wanted, config) for name in found}
     chosen = {name: found[name] for name, match in matched.items() if match}
     excluded = [name for name, match in matched.items() if isinstance(match, _ExcludedModule)]
     if not chosen:

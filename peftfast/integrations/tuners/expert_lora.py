@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from peftfast import reference
 from peftfast.integrations import experts, forwards
 from peftfast.integrations.bases import is_plain
-from peftfast.integrations.merging import MergesAtOnce
+from peftfast.integrations.merging import MergesAtOnce, warn_of_rounding
 from peftfast.integrations.tuners.profile import experts_within
 from peftfast.integrations.tuners.registry import register
 from peftfast.nn.moe import Routing
@@ -242,15 +242,9 @@ class ExpertLora(MergesAtOnce, nn.Module, BaseTunerLayer):
         for projection, total in weights.items():
             if isinstance(experts.weight_of(base, projection), FourBitWeight):
                 self.requantization_error[projection] = experts.requantize(base, projection, total)
+                warn_of_rounding(self, self.requantization_error[projection], projection)
             else:
                 getattr(base, projection).copy_(total)
-        if self.requantization_error:
-            errors = ", ".join(f"{error:.2%} of {name}" for name, error in self.requantization_error.items())
-            warnings.warn(
-                "The weights of 4-bit experts were quantized anew as adapters were merged or unmerged, with a relative "
-                f"error of {errors}.",
-                stacklevel=3,
-            )
 
     def _active(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.lora_A]

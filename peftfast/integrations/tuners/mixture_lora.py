@@ -14,12 +14,12 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from inspect import signature
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,10 +27,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from peftfast.integrations.bases import is_plain
-from peftfast.integrations.tuners.registry import register
-from peftfast.nn.moe import Routing, moe_combine
+from peftfast.integrations.tuners.registry import register, targeted
+from peftfast.nn.moe import Routing
 from peftfast.ops.lora import DTYPES, KERNEL_DEVICES, name_of
-from peftfast.ops.moe import COMBINE
 
 NAME = "MIXTURE_LORA"
 # Variants of LoRA that there is no mixture of.
@@ -289,13 +288,13 @@ class MixtureLoraLayer(nn.Module, BaseTunerLayer):
         routing, weights = self._route(name, tokens)
         projected = []
         for projection in layout.into:
-            base = _Repeated.apply(getattr(block, projection)(tokens), routing.rows, routing.places)
+            base = routing.repeat(getattr(block, projection)(tokens))
             low_rank = self._low_rank(name, projection, tokens, routing, gather=True)
             projected.append(base + low_rank.to(base.dtype))
         hidden = activate(block, layout, projected)
         low_rank = self._low_rank(name, layout.out, hidden, routing)
-        y = getattr(block, layout.out)(moe_combine(hidden, weights, routing.places))
-        y = y + moe_combine(low_rank, weights, routing.places).to(y.dtype)
+        y = getattr(block, layout.out)(routing.combine(hidden, weights))
+        y = y + routing.combine(low_rank, weights).to(y.dtype)
         y = finish(block, y)
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -307,7 +306,8 @@ class MixtureLoraLayer(nn.Module, BaseTunerLayer):
             weights, index = probabilities.topk(self.top_k[name], dim=-1)
             weights = weights / weights.sum(-1, keepdim=True)
         routing = Routing(index, router.shape[0])
-        recomputed = torch._C._current_graph_task_id() != -1  # within a backward, by gradient checkpointing
+        # Within a backward, by gradient checkpointing; torch.compile traces a checkpointed forward once.
+        recomputed = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         if not recomputed:
             counts = routing.offsets.diff()
             self.load = counts if self.load is None else self.load + counts
@@ -331,23 +331,6 @@ class MixtureLoraLayer(nn.Module, BaseTunerLayer):
         return routing.linear(
             x, None, A, B, self.scaling[name], slots=routing.experts, dropout=dropout, gather=gather
         )
-
-
-class _Repeated(torch.autograd.Function):
-    """x[rows]. The gradients of a row of x, which `places` [T, top_k] names, are added up in fp32."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, rows: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        return x.index_select(0, rows)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
-        (places,) = ctx.saved_tensors
-        if grad.device.type in KERNEL_DEVICES:
-            return COMBINE(grad.contiguous(), None, places), None, None
-        return grad[places].float().sum(1).to(grad.dtype), None, None
 
 
 def refuse_several(adapter_names: str | list[str]) -> None:
@@ -416,15 +399,7 @@ class MixtureLoraModel(LoraModel):
         wanted = config.mixture_modules
         if wanted is None:
             wanted = {name.rpartition(".")[2] for name in blocks}
-        matching = SimpleNamespace(
-            target_modules=wanted,
-            target_parameters=None,
-            exclude_modules=config.exclude_modules,
-            modules_to_save=config.modules_to_save,
-            layers_to_transform=config.layers_to_transform,
-            layers_pattern=config.layers_pattern,
-        )
-        chosen = {name for name in blocks if check_target_module_exists(matching, name)}
+        chosen = {name for name in blocks if targeted(name, wanted, config)}
         if not chosen:
             looked_for = "; ".join(map(str, LAYOUTS))
             named = "" if config.mixture_modules is None else f" that mixture_modules={wanted!r} names"
@@ -509,6 +484,8 @@ class MixtureLoraModel(LoraModel):
         routings, self._record.routings = self._record.routings, None
         if not routings or output is None:
             return None
+        if args:
+            kwargs = dict(zip(signature(model.forward).parameters, args)) | kwargs
         aux_loss = balance_loss(routings, kwargs.get("attention_mask"))
         coefficient = self.peft_config[self.active_adapters[0]].router_aux_loss_coef
         if isinstance(output, Mapping):

@@ -1,6 +1,9 @@
-"""How PEFT learns of a method that is not its own."""
+"""How PEFT learns of a method that is not its own, and how such a method finds its modules as PEFT would."""
 
 from __future__ import annotations
+
+from collections.abc import Collection
+from types import SimpleNamespace
 
 from peft import PeftConfig
 from peft.mapping import (
@@ -8,7 +11,7 @@ from peft.mapping import (
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
 
 
 def register(peft_type: str, config: type[PeftConfig], tuner: type[BaseTuner]) -> None:
@@ -21,3 +24,18 @@ def register(peft_type: str, config: type[PeftConfig], tuner: type[BaseTuner]) -
     PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config
     PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = tuner
     PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = tuner.prefix
+
+
+def targeted(name: str, wanted: Collection[str] | str, config: PeftConfig) -> bool | _ExcludedModule:
+    """Whether a module is meant by `wanted`, the ends of names or one regular expression, given what `config` says of
+    exclude_modules, modules_to_save and layers; an `_ExcludedModule`, which is false, where it excludes one.
+    """
+    matching = SimpleNamespace(
+        target_modules=wanted,
+        target_parameters=None,
+        exclude_modules=config.exclude_modules,
+        modules_to_save=config.modules_to_save,
+        layers_to_transform=config.layers_to_transform,
+        layers_pattern=getattr(config, "layers_pattern", None),
+    )
+    return check_target_module_exists(matching, name)
