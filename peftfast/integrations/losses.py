@@ -411,17 +411,14 @@ def _rows(deferred: DeferredLogits, index: Any) -> Tensor | None:
     hidden, vocabulary = deferred.hidden, deferred.shape[-1]
     if any(deferred.source.projection.dropout):  # the mask goes by the place of a row among all
         return None
-    if isinstance(index, tuple):
-        if not all(part is Ellipsis or part is None or isinstance(part, (int, slice)) for part in index):
-            return None
-    elif isinstance(index, Tensor):
-        if index.dim() >= deferred.dim() and index.dtype == torch.bool:
-            return None
-    elif not isinstance(index, slice):
+    if isinstance(index, Tensor):
+        whole = deferred.dim() > (index.dim() if index.dtype == torch.bool else 1)
+        return hidden[index] if whole else None
+    index = index if isinstance(index, tuple) else (index,)
+    if not all(part is Ellipsis or part is None or isinstance(part, (int, slice)) for part in index):
         return None
     rows = hidden[index]
-    like_logits = torch.empty(1, device="meta").expand(*hidden.shape[:-1], vocabulary)
-    taken = like_logits[index.to("meta")] if isinstance(index, Tensor) else like_logits[index]
+    taken = torch.empty(1, device="meta").expand(*hidden.shape[:-1], vocabulary)[index]
     whole = rows.dim() and rows.shape[-1] == hidden.shape[-1] and taken.shape[-1] == vocabulary
     return rows if whole else None
 

@@ -124,12 +124,12 @@ def always_on(layer: LoraLayer) -> bool:
 def stand_ins() -> Iterator[tuple[type, str, Callable]]:
     """Every kind of LoRA layer with a forward of its own: those not fused have to be noticed under `strict`."""
     for kind in _with_own_forward(LoraLayer):
-        why_not_call, fused = _why_not_kind, None
+        judge, fused = _why_not_kind, None
         if kind in FUSED:
-            why_not_call, fused = why_not_call, _fused
+            judge, fused = why_not_call, _fused
         elif issubclass(kind, ParamWrapper):
-            why_not_call, fused = expert_adapters.why_not_call, expert_adapters.fused
-        yield kind, "forward", lambda original, why=why_not_call, run=fused: _forward(original, why, run)
+            judge, fused = expert_adapters.why_not_call, expert_adapters.fused
+        yield kind, "forward", lambda original, why=judge, run=fused: _forward(original, why, run)
 
 
 def _forward(original: Callable, why_not_call: Callable, fused: Callable | None) -> Callable:
