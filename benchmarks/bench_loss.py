@@ -148,7 +148,8 @@ def main() -> None:
     workloads = itertools.product(
         options.dtype, options.tokens, options.vocabulary, options.hidden, options.ignored, [options.trained]
     )
-    run("loss", options, list(itertools.starmap(Point, workloads)), contenders, acceptance=acceptance, least=1)
+    points = list(itertools.starmap(Point, workloads))
+    run("loss", options, points, contenders, acceptance=acceptance, least=1, warmup=0)
 
 
 if __name__ == "__main__":

@@ -417,7 +417,10 @@ def linear_cross_entropy(
     if num_items_in_batch is not None:
         reduction = "sum"
     loss = F.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=ignore_index, reduction=reduction
+        logits.reshape(-1, logits.shape[-1]),
+        labels.reshape(-1),
+        ignore_index=ignore_index,
+        reduction=reduction,
     )
     if num_items_in_batch is not None:
         return loss / num_items_in_batch

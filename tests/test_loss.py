@@ -1,4 +1,4 @@
-"""The loss of language models without logits: the operator against the oracle, transformers' models against themselves."""
+"""Losses without logits: the operator against the oracle, transformers' models against themselves."""
 
 import copy
 import io
@@ -118,17 +118,29 @@ def test_a_head_in_4_bits(dtype, compute_dtype, small_chunks):
     inputs["weight"] = fourbit_quantize(inputs["weight"])
     options = dict(trained=["hidden", "bias", "lora_A", "lora_B"], compute_dtype=compute_dtype, dropout=0.2)
     options["seed"] = torch.tensor([3])
-    exact = results(reference.linear_cross_entropy, inputs, torch.float64, **options | dict(compute_dtype=None))
+    exact = results(
+        reference.linear_cross_entropy, inputs, torch.float64, **options | dict(compute_dtype=None)
+    )
     eager = results(reference.linear_cross_entropy, inputs, **options)
     for name, value in results(linear_cross_entropy, inputs, **options).items():
         assert_as_accurate(value, eager[name], exact[name], slack=3e-7, name=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_device_without_kernels(dtype, small_chunks, monkeypatch):
+    for module in (loss, loss.lora):
+        monkeypatch.setattr(module, "KERNEL_DEVICES", ())
+    monkeypatch.setattr(loss.lora, "FORWARD", None)
+    assert_right(tensors(dtype), dtype, dropout=0.3, seed=torch.tensor([2]), softcap=4.0)
 
 
 def test_leading_dimensions_and_strides():
     it = tensors(torch.float32, rows=24, ignored=0.2)
     hidden = it["hidden"].T.contiguous().T.requires_grad_()
     flat = linear_cross_entropy(hidden, it["weight"], it["labels"], reduction="none")
-    shaped = linear_cross_entropy(hidden.view(2, 12, -1), it["weight"], it["labels"].view(2, 12), reduction="none")
+    shaped = linear_cross_entropy(
+        hidden.view(2, 12, -1), it["weight"], it["labels"].view(2, 12), reduction="none"
+    )
     assert shaped.shape == (2, 12) and torch.equal(shaped.flatten(), flat)
     assert torch.equal(flat == 0, it["labels"] == -100)
 
@@ -138,9 +150,8 @@ def test_leading_dimensions_and_strides():
 def test_no_row_has_a_label(rows, reduction):
     it = tensors(torch.float32, rows=rows)
     it["labels"].fill_(-100)
-    ours, eager = (
-        results(function, it, reduction=reduction) for function in (linear_cross_entropy, reference.linear_cross_entropy)
-    )  # fmt: skip
+    functions = linear_cross_entropy, reference.linear_cross_entropy
+    ours, eager = (results(function, it, reduction=reduction) for function in functions)
     for name, value in ours.items():
         torch.testing.assert_close(value, eager[name], rtol=0, atol=0, equal_nan=True)
     assert ours["loss"].isnan().any() == (reduction == "mean")
@@ -291,7 +302,8 @@ CONFIGS = {
     "cohere": lambda: transformers.CohereConfig(**SIZES, logit_scale=0.3),
     "granite": lambda: transformers.GraniteConfig(**SIZES, logits_scaling=0.3),
     "olmoe": lambda: transformers.OlmoeConfig(
-        **SIZES | dict(hidden_size=40), num_experts=4, num_experts_per_tok=2, output_router_logits=True, router_aux_loss_coef=0.1
+        **SIZES | dict(hidden_size=40), num_experts=4, num_experts_per_tok=2, output_router_logits=True,
+        router_aux_loss_coef=0.1,
     ),
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=VOCABULARY, n_embd=36, n_layer=1, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
@@ -358,7 +370,9 @@ def test_a_step_in_16_bits(dtype):
     exact = copy.deepcopy(model).double()
     hidden = {}
     for it in (model, exact):
-        it.model.norm.register_forward_hook(lambda module, args, out: hidden.setdefault("states", out.detach()))
+        it.model.norm.register_forward_hook(
+            lambda module, args, out: hidden.setdefault("states", out.detach())
+        )
     theirs, their_grads = step(model)
     with peftfast.enabled(strict=True):
         ours, our_grads = step(model)
@@ -401,7 +415,9 @@ def test_heads_of_peft(options):
             ours = model(**batch())
             assert type(ours.logits) is DeferredLogits
     # Read when the adapters are on again: what counts is when they were due.
-    assert relative_error(ours.loss, theirs.loss) <= 2e-6 and relative_error(ours.logits, theirs.logits) <= 2e-6
+    assert (
+        relative_error(ours.loss, theirs.loss) <= 2e-6 and relative_error(ours.logits, theirs.logits) <= 2e-6
+    )
 
 
 def test_merged_adapters_on_the_head():
@@ -410,7 +426,9 @@ def test_merged_adapters_on_the_head():
     theirs = model(**batch())
     with peftfast.enabled(strict=True):
         ours = model(**batch())
-    assert relative_error(ours.loss, theirs.loss) <= 2e-6 and relative_error(ours.logits, theirs.logits) <= 2e-6
+    assert (
+        relative_error(ours.loss, theirs.loss) <= 2e-6 and relative_error(ours.logits, theirs.logits) <= 2e-6
+    )
 
 
 def test_dropout_on_the_head_is_the_same_for_loss_and_logits():
@@ -489,7 +507,9 @@ class FromCpp(torch.autograd.Function):
         lambda logits: torch.cat((logits, logits), dim=1).exp().mean(),
         lambda logits: logits[batch()["labels"] != -100].exp().mean(),
         lambda logits: logits[..., :10].exp().mean() + logits[:, 0, 3].sum(),
-        lambda logits: F.cross_entropy(logits.flatten(0, 1), batch()["labels"].flatten(), label_smoothing=0.1),
+        lambda logits: F.cross_entropy(
+            logits.flatten(0, 1), batch()["labels"].flatten(), label_smoothing=0.1
+        ),
         lambda logits: F.cross_entropy(logits.transpose(1, 2), batch()["labels"]),
         FromCpp.apply,
     ],
@@ -514,7 +534,11 @@ def test_reading():
     model = language_model()
     theirs = model(**batch()).logits.detach()
     with peftfast.enabled(strict=True):
-        read = [lambda logits: logits.numpy(force=True), lambda logits: logits.tolist(), lambda logits: +logits]
+        read = [
+            lambda logits: logits.numpy(force=True),
+            lambda logits: logits.tolist(),
+            lambda logits: +logits,
+        ]
         for how in read:
             assert torch.equal(torch.as_tensor(how(model(**batch()).logits)), theirs)
         assert str(model(**batch()).logits).startswith("tensor([[[")
@@ -555,6 +579,19 @@ def test_reading_after_the_step():
         out.loss.backward()
         torch.optim.SGD(full.parameters(), 0.5).step()
         with pytest.raises(RuntimeError, match="Read logits before the optimizer's step"):
+            out.logits.sum()
+
+
+def test_reading_after_the_weights_were_replaced_or_written_to_unseen():
+    model = language_model()
+    with peftfast.enabled(), torch.no_grad():
+        out = model(**batch())
+        expected = model(**batch()).logits.clone()
+        model.bfloat16().float()
+        assert torch.equal(out.logits, expected)
+        out = model(**batch())
+        model.lm_head.weight.data += 1e-3
+        with pytest.raises(RuntimeError, match="have changed since"):
             out.logits.sum()
 
 
@@ -619,7 +656,9 @@ def test_an_unfused_adapter_on_the_head_falls_back():
 def test_a_loss_function_of_ones_own_that_ends_in_a_cross_entropy():
     model = language_model()
     model.loss_function = lambda logits, labels, vocab_size, **kwargs: F.cross_entropy(
-        logits[..., :-1, :].contiguous().reshape(-1, vocab_size), labels[..., 1:].reshape(-1), reduction="none"
+        logits[..., :-1, :].contiguous().reshape(-1, vocab_size),
+        labels[..., 1:].reshape(-1),
+        reduction="none",
     ).mean()
     assert_same_step(model)
 
@@ -632,7 +671,9 @@ def test_report():
     with peftfast.enabled():
         assert "  loss of base_model.model: without logits\n" in str(peftfast.report(model)) + "\n"
         with_hook(model.base_model.model)
-        assert "  loss of base_model.model: from logits: its output embeddings have hooks" in str(peftfast.report(model))
+        assert "  loss of base_model.model: from logits: its output embeddings have hooks" in str(
+            peftfast.report(model)
+        )
     assert peftfast.report(nn.Linear(3, 3)).losses == []
 
 
@@ -687,7 +728,9 @@ def train(directory, bf16, reads=()):
     seen = {}
 
     def metrics(predictions):
-        seen["accuracy"] = float((predictions.predictions.argmax(-1)[:, :-1] == predictions.label_ids[:, 1:]).mean())
+        seen["accuracy"] = float(
+            (predictions.predictions.argmax(-1)[:, :-1] == predictions.label_ids[:, 1:]).mean()
+        )
         return seen
 
     trainer = transformers.Trainer(
@@ -741,7 +784,9 @@ def test_prompt_tuning_reads_no_logits():
     with peftfast.enabled(strict=True):
         ours, our_grads = step(model)
     assert type(ours.logits) is DeferredLogits
-    assert relative_error(ours.loss, theirs.loss) <= 2e-6 and relative_error(ours.logits, theirs.logits) <= 2e-6
+    assert (
+        relative_error(ours.loss, theirs.loss) <= 2e-6 and relative_error(ours.logits, theirs.logits) <= 2e-6
+    )
     assert all(relative_error(grad, their_grads[name]) <= 3e-6 for name, grad in our_grads.items())
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -121,16 +121,18 @@ class _Projection:
     weight: Tensor | FourBitWeight
     bias: Tensor | None
     dtype: torch.dtype  # of the logits
-    compute_dtype: torch.dtype | None = None
-    lora_A: list[Tensor] = field(default_factory=list)
-    lora_B: list[Tensor] = field(default_factory=list)
-    scaling: list[float | Tensor] = field(default_factory=list)
-    dropout: list[float] = field(default_factory=list)
-    seed: Tensor | None = None
+    compute_dtype: torch.dtype | None
+    lora_A: list[Tensor]
+    lora_B: list[Tensor]
+    scaling: list[float | Tensor]
+    dropout: list[float]
+    seed: Tensor | None
 
     def tensors(self) -> list[Tensor]:
         weight = [self.weight] if isinstance(self.weight, Tensor) else [self.weight.packed]
-        return weight + [t for t in (self.bias, *self.lora_A, *self.lora_B, *self.scaling) if torch.is_tensor(t)]
+        return weight + [
+            t for t in (self.bias, *self.lora_A, *self.lora_B, *self.scaling) if torch.is_tensor(t)
+        ]
 
     def logits(self, x: Tensor) -> Tensor:
         adapters = (self.lora_A, self.lora_B, self.scaling, self.bias, self.dropout)
@@ -187,15 +189,22 @@ def _effective(head: nn.Module) -> nn.Module:
 
 def _projection(head: nn.Module, x: Tensor) -> _Projection:
     layer = _effective(head)
-    if not isinstance(layer, LoraLayer):
-        return _Projection(bias=layer.bias, **KINDS[type(layer)].operand(layer, x))
-    lora_A, lora_B, scaling, bias, dropout = peft.operands(layer)
+    lora_A, lora_B, scaling, bias, dropout, base = [], [], [], layer.bias, [], layer
+    if isinstance(layer, LoraLayer):
+        lora_A, lora_B, scaling, bias, dropout = peft.operands(layer)
+        base = layer.base_layer
     seed = torch.randint(2**63 - 1, (1,), device=x.device) if any(dropout) else None
-    base = layer.base_layer
-    return _Projection(
-        bias=bias, lora_A=lora_A, lora_B=lora_B, scaling=scaling, dropout=dropout, seed=seed,
-        **KINDS[type(base)].operand(base, x),
-    )  # fmt: skip
+    operand = KINDS[type(base)].operand(base, x)
+    if isinstance(operand["weight"], FourBitWeight):
+        operand["weight"] = replace(operand["weight"], packed=operand["weight"].packed.detach())
+    tensors = dict(bias=bias, lora_A=lora_A, lora_B=lora_B, scaling=scaling, **operand)
+    return _Projection(**tree_map(_as_it_is, tensors), dropout=dropout, seed=seed)
+
+
+def _as_it_is(value: Any) -> Any:
+    """What a parameter holds now, should it be given other data: but for one that gets a gradient."""
+    tensor = isinstance(value, Tensor) and not (value.requires_grad and torch.is_grad_enabled())
+    return value.detach() if tensor else value
 
 
 # ---- logits that have yet to be computed ----------------------------------------------------------------
@@ -214,16 +223,16 @@ class _Source:
         self.model, self.projection, self.hidden = model, projection, hidden
         self.fused = self.read = False
         self.autocast = autocast_dtype(hidden)
-        self.parts = [hidden, *projection.tensors()]
-        self.versions = list(map(_version, self.parts))
-        self.leaves = [part for part in self.parts if part.requires_grad] if torch.is_grad_enabled() else []
+        parts = [hidden, *projection.tensors()]
+        self.states = list(map(_State.of, parts))
+        self.leaves = [part for part in parts if part.requires_grad] if torch.is_grad_enabled() else []
 
     def deferred(self) -> DeferredLogits:
         shape = (*self.hidden.shape[:-1], self.projection.weight.shape[0])
         return DeferredLogits.make(self, shape, self.projection.dtype, self._logits, self.hidden, ())
 
     def check(self) -> None:
-        if self.versions != list(map(_version, self.parts)):
+        if not all(state.holds() for state in self.states):
             raise RuntimeError(
                 "logits cannot be computed any more: the output embeddings or the hidden states have changed since. "
                 "Read logits before the optimizer's step, or call the model with peftfast disabled."
@@ -247,8 +256,26 @@ class _Source:
             forwards.fall_back(model, NAME, reason)
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+@dataclass(frozen=True)
+class _State:
+    """Whether a tensor holds what it held: by its version, and by about a thousand of its values, since what is written
+    to `tensor.data` leaves the version as it is."""
+
+    tensor: Tensor
+    version: int
+    address: int
+    some: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _State:
+        some = tensor.detach()[tuple(slice(None, None, max(1, size // 32)) for size in tensor.shape)]
+        version = 0 if tensor.is_inference() else tensor._version
+        return cls(tensor, version, tensor.data_ptr(), some.flatten().contiguous().view(torch.uint8).clone())
+
+    def holds(self) -> bool:
+        now = _State.of(self.tensor)
+        same = (now.version, now.address) == (self.version, self.address)
+        return same and torch.equal(now.some, self.some)
 
 
 class DeferredLogits(Tensor):
@@ -272,8 +299,7 @@ class DeferredLogits(Tensor):
     def make(cls, source: _Source, *args) -> DeferredLogits:
         if not (torch.is_grad_enabled() and source.leaves):
             return cls(source, *args)
-        box = []
-        return _Edge.apply(box, partial(cls, source, *args), *source.leaves)
+        return _Edge.apply(partial(cls, source, *args), *source.leaves)
 
     def value(self) -> Tensor:
         """The tensor itself, computed with the settings of when it was due; once."""
@@ -289,7 +315,9 @@ class DeferredLogits(Tensor):
         if name in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        deferred = [arg for arg in (args[0] if name == "cat" else args[:1]) if isinstance(arg, DeferredLogits)]
+        deferred = [
+            arg for arg in (args[0] if name == "cat" else args[:1]) if isinstance(arg, DeferredLogits)
+        ]
         if deferred:
             handled = _defer(deferred[0], name, func, args, kwargs)
             if handled is not None:
@@ -312,7 +340,7 @@ class _Edge(torch.autograd.Function):
     """Joins deferred logits to the graph for what reaches them from C++, as torch.autograd.Function.apply does."""
 
     @staticmethod
-    def forward(ctx, box, make, *leaves):
+    def forward(ctx, make, *leaves):
         deferred = make()
         deferred.recorded = True  # within a Function nothing is
         ctx.compute, ctx.leaves = deferred._compute, leaves
@@ -322,7 +350,7 @@ class _Edge(torch.autograd.Function):
     def backward(ctx, grad):
         with torch.enable_grad():
             value = ctx.compute()
-        return None, None, *torch.autograd.grad(value, ctx.leaves, grad, allow_unused=True)
+        return None, *torch.autograd.grad(value, ctx.leaves, grad, allow_unused=True, retain_graph=True)
 
 
 # What is known without the values.
@@ -375,8 +403,8 @@ def _defer(deferred: DeferredLogits, name: str, func: Callable, args: tuple, kwa
     elif name == "tanh" and len(args) == 1 and not kwargs:
         steps += (("tanh",),)
     elif name in ("view", "reshape") and not kwargs:
-        wanted = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
-        if not all(isinstance(size, int) for size in wanted) or wanted[-1:] not in ((shape[-1],), [shape[-1]]):
+        wanted = args[1] if isinstance(args[1], (tuple, list)) else args[1:]
+        if not all(isinstance(size, int) for size in wanted) or not wanted or wanted[-1] != shape[-1]:
             return None
         hidden = hidden.reshape(*wanted[:-1], hidden.shape[-1])
         shape = (*hidden.shape[:-1], shape[-1])

@@ -150,10 +150,7 @@ def _forward(original: Callable, why_not_call: Callable, fused: Callable | None)
 def why_not(layer: LoraLayer) -> str | None:
     if isinstance(layer, ParamWrapper):
         return (
-            at_rest(layer)
-            or why_not_reached(layer)
-            or expert_adapters.why_not(layer)
-            or last_fallback(layer)
+            at_rest(layer) or why_not_reached(layer) or expert_adapters.why_not(layer) or last_fallback(layer)
         )
     if not isinstance(layer, tuple(FUSED)):
         return at_rest(layer) or _why_not_kind(layer)

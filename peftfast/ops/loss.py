@@ -193,21 +193,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        task, gradients, ctx.gradients = ctx.task, ctx.gradients, None  # they are scaled in place, and handed out
-        if gradients is None:
-            weights = grad_loss[task.kept].unsqueeze(1) if task.per_row else _mantissa(task.divisor)
-            with torch.no_grad():
-                _, gradients = _run(task, *ctx.saved_tensors, weights, ctx.needs_input_grad[1:])
-        dtypes = [tensor.dtype if tensor is not None else None for tensor in ctx.saved_tensors]
+        task, gradients, inputs = ctx.task, ctx.gradients, ctx.saved_tensors
+        ctx.gradients = None  # they are scaled in place, and handed out
         with torch.no_grad():
+            if gradients is None:
+                weights = grad_loss[task.kept].unsqueeze(1) if task.per_row else _mantissa(task.divisor)
+                _, gradients = _run(task, *inputs, weights, ctx.needs_input_grad[1:])
             scale = 1.0 if task.per_row else grad_loss * _power(task.divisor)
             gradients = [
-                None if gradient is None else gradient.mul_(scale).to(dtype)
-                for gradient, dtype in zip(gradients, dtypes)
+                None if gradient is None else gradient.mul_(scale).to(tensor.dtype)
+                for gradient, tensor in zip(gradients, inputs)
             ]
         if torch.is_grad_enabled():
             gradients = [
-                None if gradient is None else _Refuse.apply(gradient, grad_loss, *ctx.saved_tensors)
+                None if gradient is None else _Refuse.apply(gradient, grad_loss, *inputs)
                 for gradient in gradients
             ]
         return None, *gradients
@@ -279,7 +278,9 @@ def _run(task: _Task, hidden, weight, bias, low_rank, B, row_weights, wanted) ->
             if B is not None:
                 u = low_rank[rows[here]]
                 logits += expand(u)
-            weights = row_weights[among_kept] if torch.is_tensor(row_weights) and row_weights.dim() else row_weights
+            weights = (
+                row_weights[among_kept] if torch.is_tensor(row_weights) and row_weights.dim() else row_weights
+            )
             losses[among_kept] = _softmax(logits, task, task.targets[among_kept], weights, any(wanted))
             if want_low_rank:
                 grad_low_rank[rows[here]] = expand_back(logits, u)
@@ -303,7 +304,9 @@ def _run(task: _Task, hidden, weight, bias, low_rank, B, row_weights, wanted) ->
     return losses, [grad_hidden, grad_weight, grad_bias, grad_low_rank, grad_B]
 
 
-def _softmax(logits: Tensor, task: _Task, targets: Tensor, weights: float | Tensor, want_gradient: bool) -> Tensor:
+def _softmax(
+    logits: Tensor, task: _Task, targets: Tensor, weights: float | Tensor, want_gradient: bool
+) -> Tensor:
     """The losses [rows] of `logits` [rows, V], in the place of which comes their gradient, times the rows' weights."""
     targets, slope = targets.unsqueeze(1), None
     if task.softcap is not None:
