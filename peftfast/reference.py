@@ -377,3 +377,51 @@ def bottleneck_adapter(
         z = z * dropout_mask(z.shape, dropout, seed).to(x.device) / (1 - dropout)
     y = F.linear(z, up_weight, like_weight(up_bias)) * scaling
     return (y if residual is None else residual + y).to(x.dtype)
+
+
+# ---- the loss of a language model -------------------------------------------------------------------------
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor | FourBitWeight,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    lora_A: Tensor | Sequence[Tensor] = (),
+    lora_B: Tensor | Sequence[Tensor] = (),
+    scaling: float | Tensor | Sequence[float | Tensor] = (),
+    dropout: float | Sequence[float] = 0.0,
+    seed: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items_in_batch: int | Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Cross-entropy of the logits of a linear layer; see `peftfast.ops.linear_cross_entropy`.
+
+    The logits are rounded to the dtype of hidden, and widened to at least float32, as in transformers.
+    """
+    adapters = dict(bias=bias, dropout=dropout, seed=seed)
+    if isinstance(weight, Tensor):
+        logits = lora_linear(hidden, weight, lora_A, lora_B, scaling, **adapters)
+    else:
+        logits = fourbit_linear(
+            hidden, weight, lora_A, lora_B, scaling, compute_dtype=compute_dtype, **adapters
+        )
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if num_items_in_batch is not None:
+        reduction = "sum"
+    loss = F.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]),
+        labels.reshape(-1),
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )
+    if num_items_in_batch is not None:
+        return loss / num_items_in_batch
+    return loss.view(labels.shape) if reduction == "none" else loss

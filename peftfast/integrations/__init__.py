@@ -40,11 +40,13 @@ class Report:
         fourbit: the weights in 4 bits: a "linear layer" or an "expert projection" by its name.
         dense: of a model that has such, the linear layers and expert projections that are not in 4 bits, with their
             dtypes. Embeddings, norms and routers are none of these.
+        losses: the language models, and whether their loss is computed without logits.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
     fourbit: dict[str, str] = field(default_factory=dict)
     dense: dict[str, torch.dtype] = field(default_factory=dict)
+    losses: list[LayerReport] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[LayerReport]:
         return iter(self.layers)
@@ -86,6 +88,9 @@ class Report:
                 for (name, dtype), names in alike.items()
             )
             lines.append("  dense: " + ", ".join(entries))
+        for loss in self.losses:
+            how = "without logits" if loss.fast else f"from logits: {loss.reason}"
+            lines.append(f"  loss of {loss.name or 'the model itself'}: {how}")
         for reason, layers in by_reason.items():
             lines.append(f"  {reason} ({len(layers)})")
             lines += [f"    {layer.name or 'the model itself'}" for layer in layers]
@@ -97,6 +102,8 @@ def enable(strict: bool = False) -> None:
 
     Prefix tuning, prompt tuning and p-tuning compute what the samples of a batch have in common once, and train under
     gradient checkpointing and on packed batches, where the documents of a row are told apart by position_ids.
+    The loss of a language model that is given labels is computed without its logits; they come into being, as they
+    would have been, if anything reads them.
 
     Whether a model is made or wrapped before or after this call makes no difference.
 
@@ -123,20 +130,23 @@ def enabled(strict: bool = False) -> Iterator[None]:
 
 
 def accelerate(model: nn.Module, strict: bool = False) -> nn.Module:
-    """Does for the adapters, prompts and 4-bit layers that `model` has now what `enable` does, and for no other model.
+    """Does for the adapters, prompts and 4-bit layers that `model` has now, and for its loss, what `enable` does; and
+    for no other model.
 
     Returns:
         `model` itself. A deepcopy of it is accelerated too.
     Raises:
         ValueError: the model has none of these.
     """
+    from peftfast.integrations import losses
+
     layers = [layer for _, layer, _ in _layers(model)]
     if not layers:
         raise ValueError(
             "model has no LoRA layers, prefix or prompt of PEFT and no 4-bit layers of bitsandbytes: "
             "call get_peft_model before accelerate."
         )
-    for layer in layers:
+    for layer in (*layers, *filter(losses.answers_for, model.modules())):
         forwards.mark(layer, strict)
     forwards.restore(replace(forwards.switch, accelerated=True))
     return model
@@ -158,7 +168,19 @@ def report(model: nn.Module) -> Report:
         found.append(LayerReport(name, library.kind_of(layer), reason is None, reason))
         if reason is None and library.NAME == "lora":
             fused_with_adapter.add(layer.base_layer)
-    return Report(found, *_weights(model))
+    return Report(found, *_weights(model), _losses(model))
+
+
+def _losses(model: nn.Module) -> list[LayerReport]:
+    from peftfast.integrations import losses
+
+    found = []
+    for name, part in model.named_modules():
+        if losses.answers_for(part):
+            on = forwards.in_force(part)[0]
+            reason = losses.why_not(part) if on else "peftfast is not enabled"
+            found.append(LayerReport(name, losses.kind_of(part), reason is None, reason))
+    return found
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModuleType]]:

@@ -49,6 +49,10 @@ class Dense:
         """The layer and its adapters as one operator; `bias` is the sum of theirs."""
         return lora.call(x, base.weight, lora_A, lora_B, scaling, bias, dropout, self.transposed)
 
+    def operand(self, base: nn.Module, x: Tensor) -> dict:
+        """The weight as operators take it, the dtype of its products, and that of what comes out for x."""
+        return dict(weight=base.weight, compute_dtype=None, dtype=autocast_dtype(x) or x.dtype)
+
 
 class FourBit:
     """peftfast.nn.Linear4bit."""
@@ -75,6 +79,10 @@ class FourBit:
         return fourbit.call(
             x, base.quantized_weight, lora_A, lora_B, scaling, bias, dropout, compute_dtype=base.compute_dtype
         )
+
+    def operand(self, base: nn.Module, x: Tensor) -> dict:
+        dtype = autocast_dtype(x) or x.dtype
+        return dict(weight=base.quantized_weight, compute_dtype=base.compute_dtype, dtype=dtype)
 
 
 KINDS = {nn.Linear: Dense(), Conv1D: Dense(transposed=True), Linear4bit: FourBit()}

@@ -104,15 +104,20 @@ class Bitsandbytes4bit:
         return base.in_features
 
     def call(self, base: Linear4bit, x: Tensor, lora_A, lora_B, scaling, bias, dropout) -> Tensor:
+        it = self.operand(base, x)
+        y = fourbit.call(
+            x, it["weight"], lora_A, lora_B, scaling, bias, dropout, compute_dtype=it["compute_dtype"]
+        )
+        return y.to(it["dtype"])
+
+    def operand(self, base: Linear4bit, x: Tensor) -> dict:
         """As bitsandbytes, in the dtype of x also under autocast. The bias is not cast in place."""
         fix_4bit_weight_quant_state_from_module(base)
         if not base.compute_type_is_set:
             base.set_compute_type(x)
             base.compute_type_is_set = True
         compute = autocast_dtype(x) or base.compute_dtype
-        weight = _weight(base.weight)
-        y = fourbit.call(x, weight, lora_A, lora_B, scaling, bias, dropout, compute_dtype=compute)
-        return y.to(x.dtype)
+        return dict(weight=_weight(base.weight), compute_dtype=compute, dtype=x.dtype)
 
 
 def _state(base: Linear4bit) -> QuantState | None:

@@ -66,15 +66,23 @@ def restore(wanted: Switch) -> None:
     """Makes `wanted` hold."""
     global switch
     if wanted.installed and not switch.installed:
-        for library in libraries():
-            for kind, name, stand_in_for in library.stand_ins():
-                original = _originals[kind, name] = getattr(kind, name)
-                setattr(kind, name, functools.wraps(original)(stand_in_for(original)))
+        from peftfast.integrations import losses
+
+        for library in (*libraries(), losses):
+            for kind, name, stand_in_for in list(library.stand_ins()):
+                install(kind, name, stand_in_for)
     elif switch.installed and not wanted.installed:
         for (kind, name), original in _originals.items():
             setattr(kind, name, original)
         _originals.clear()
     switch = wanted
+
+
+def install(kind: type, name: str, stand_in_for: Callable) -> None:
+    """Puts in place what `stand_in_for` makes of the method, until all is uninstalled; the first one stays."""
+    if (kind, name) not in _originals:
+        original = _originals[kind, name] = getattr(kind, name)
+        setattr(kind, name, functools.wraps(original)(stand_in_for(original)))
 
 
 def uninstall() -> None:
@@ -108,21 +116,25 @@ def stand_in(
     """
 
     def forward(self, *args, **kwargs):
-        on, strict = in_force(self)
-        if not on or at_rest(self):
+        if not in_force(self)[0] or at_rest(self):
             return original(self, *args, **kwargs)
         reason = why_not(self, *args, **kwargs)
         if reason is None:
             if _last_fallback:
                 _last_fallback.pop(self, None)
             return fused(self, *args, **kwargs)
-        if strict:
-            raise FallbackError(f"Layer {name_of(self, name)} cannot run on the fast path: {reason}.")
-        if not torch.compiler.is_compiling():
-            _last_fallback[self] = reason
+        fall_back(self, name, reason)
         return original(self, *args, **kwargs)
 
     return forward
+
+
+def fall_back(layer: nn.Module, name: str, reason: str) -> None:
+    """Notes for reports that a call of the layer falls back, or refuses it under `strict`."""
+    if in_force(layer)[1]:
+        raise FallbackError(f"Layer {name_of(layer, name)} cannot run on the fast path: {reason}.")
+    if not torch.compiler.is_compiling():
+        _last_fallback[layer] = reason
 
 
 def last_fallback(layer: nn.Module) -> str | None:

@@ -107,17 +107,17 @@ def always_on(layer: LoraLayer) -> bool:
 def stand_ins() -> Iterator[tuple[type, str, Callable]]:
     """Every kind of LoRA layer with a forward of its own: those not fused have to be noticed under `strict`."""
     for kind in _with_own_forward(LoraLayer):
-        why_not_call, fused = _why_not_kind, None
+        judge, fused = _why_not_kind, None
         if kind in FUSED:
-            why_not_call, fused = _why_not_call, _fused
+            judge, fused = why_not_call, _fused
         elif issubclass(kind, ParamWrapper):
-            why_not_call, fused = expert_adapters.why_not_call, expert_adapters.fused
-        yield kind, "forward", lambda original, why=why_not_call, run=fused: _forward(original, why, run)
+            judge, fused = expert_adapters.why_not_call, expert_adapters.fused
+        yield kind, "forward", lambda original, why=judge, run=fused: _forward(original, why, run)
 
 
 def _forward(original: Callable, why_not_call: Callable, fused: Callable | None) -> Callable:
     """Adapters are the active ones, or those that `adapter_names` gives to the samples."""
-    active = stand_in(original, NAME, _at_rest, why_not_call, fused)
+    active = stand_in(original, NAME, at_rest, why_not_call, fused)
     mixed = stand_in(original, NAME, _switched_off, why_not_call, fused)
 
     def forward(self, *args, **kwargs):
@@ -133,16 +133,16 @@ def _forward(original: Callable, why_not_call: Callable, fused: Callable | None)
 def why_not(layer: LoraLayer) -> str | None:
     if isinstance(layer, ParamWrapper):
         return (
-            _at_rest(layer)
-            or why_not_reached(layer)
-            or expert_adapters.why_not(layer)
-            or last_fallback(layer)
+            at_rest(layer) or why_not_reached(layer) or expert_adapters.why_not(layer) or last_fallback(layer)
         )
     if not isinstance(layer, tuple(FUSED)):
-        return _at_rest(layer) or _why_not_kind(layer)
-    return (
-        _at_rest(layer) or why_not_reached(layer) or _why_not(layer, _active(layer)) or last_fallback(layer)
-    )
+        return at_rest(layer) or _why_not_kind(layer)
+    return at_rest(layer) or why_not_reached(layer) or why_not_fused(layer) or last_fallback(layer)
+
+
+def why_not_fused(layer: LoraLayer) -> str | None:
+    """The layer with its active adapters, whatever the input."""
+    return _why_not(layer, _active(layer)) if isinstance(layer, tuple(FUSED)) else _why_not_kind(layer)
 
 
 def _with_own_forward(base: type) -> Iterator[type]:
@@ -157,8 +157,13 @@ def _fused(layer: Linear, x: Tensor, adapter_names: Sequence[str] | None = None,
         names = mixed_batches.named(layer, adapter_names)
         return mixed_batches.fused(layer, x, adapter_names, names, _dropout_of(layer.lora_dropout[names[0]]))
     base = layer.base_layer
+    return KINDS[type(base)].call(base, x, *operands(layer))
+
+
+def operands(layer: Linear) -> tuple[list, list, list, Tensor | None, list]:
+    """Of the active adapters lora_A, lora_B and scaling; the bias, theirs and the base layer's; their dropouts."""
     lora_A, lora_B, scaling, dropout = [], [], [], []
-    bias = base.bias
+    bias = layer.base_layer.bias
     for name in _active(layer):
         B = layer.lora_B[name]
         lora_A.append(layer.lora_A[name].weight)
@@ -168,7 +173,7 @@ def _fused(layer: Linear, x: Tensor, adapter_names: Sequence[str] | None = None,
         if B.bias is not None:
             term = B.bias * layer.scaling[name]
             bias = term if bias is None else bias + term
-    return KINDS[type(base)].call(base, x, lora_A, lora_B, scaling, bias, dropout)
+    return lora_A, lora_B, scaling, bias, dropout
 
 
 def _active(layer: LoraLayer) -> list[str]:
@@ -187,7 +192,7 @@ def _why_not_kind(layer: LoraLayer, *args, **kwargs) -> str:
     return f"there is no fused operator for lora.{type(layer).__name__}"
 
 
-def _at_rest(layer: LoraLayer) -> str | None:
+def at_rest(layer: LoraLayer) -> str | None:
     """States in which PEFT runs the base layer alone: nothing to fuse, and no fallback either."""
     reason = _switched_off(layer)
     if reason is not None:
@@ -205,7 +210,7 @@ def _switched_off(layer: LoraLayer) -> str | None:
     return None
 
 
-def _why_not_call(
+def why_not_call(
     layer: Linear, x: Tensor, *args, adapter_names: Sequence[str] | None = None, **kwargs
 ) -> str | None:
     """What is passed to the forward, then the layer."""

@@ -9,6 +9,7 @@ from peftfast.ops.fourbit import (
     fourbit_quantize,
 )
 from peftfast.ops.lora import lora_linear
+from peftfast.ops.loss import linear_cross_entropy
 from peftfast.ops.moe import grouped_linear, moe_combine
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "fourbit_linear",
     "fourbit_quantize",
     "grouped_linear",
+    "linear_cross_entropy",
     "lora_linear",
     "moe_combine",
 ]
