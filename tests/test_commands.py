@@ -179,7 +179,7 @@ from pathlib import Path
 sys.path.insert(0, {folder!r})
 from record import Record, machine_facts  # parser_of(
 machine = machine_facts("cpu")
-ceilings = {{"fp32": {{"flops_per_second": 1e9, "by": "guess"}}, "bandwidth": {{"bytes_per_second": 1e9, "by": "guess"}}}}
+ceilings = {{"fp32": {{"flops_per_second": 1e9, "by": "guess"}}}}
 row = {{"point": {{"dtype": "fp32"}}, "implementations": {{
     "peftfast": {{"ours": True, "median_ms": 1.0, "gflops": 1.0, "ceiling_share": 0.5, "bound": "compute",
                   "speedup": {{"eager": 4.0}}, "saved_bytes": 100}},

@@ -2,10 +2,13 @@
 
 import json
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OlmoeConfig
 
 import peftfast
@@ -63,31 +66,39 @@ def real_model(settings):
     return methods.adapt(model, settings.to_train(), ()).model.train()
 
 
-def real_step(settings):
-    """What a real training step allocates when that is most, in bytes: every tensor of it, counted as it comes and goes."""
-    model = real_model(settings)
-    recorder = dry_run._Recorder(dry_run._tensors(model))
-    recorder_answers = dry_run._Recorder.__torch_dispatch__
+class Counter(TorchDispatchMode):
+    """The bytes of all tensors that are allocated while it is on, at the moment when they are most."""
 
-    def dispatch(self, function, types, args=(), kwargs=None):
-        """Real tensors answer for themselves."""
+    def __init__(self):
+        super().__init__()
+        self.known, self.now, self.most = set(), 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        self.saw(tensor for tensor in dry_run.tree_iter(out) if isinstance(tensor, torch.Tensor))
+        for tensor in tree_leaves((args, kwargs)):  # what was there before, and what this made of it
+            if isinstance(tensor, torch.Tensor):
+                self.known.add(tensor.untyped_storage()._cdata)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.known:
+                storage = tensor.untyped_storage()
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
         return out
 
-    dry_run._Recorder.__torch_dispatch__ = dispatch
-    try:
-        with peftfast.enabled(strict=True), recorder:
-            tokens = torch.zeros(settings.micro_batch_size, settings.sequence_len, dtype=torch.int64)
-            model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-    finally:
-        dry_run._Recorder.__torch_dispatch__ = recorder_answers
-    total = most = 0
-    for segment in recorder.segments:
-        for entry, sign in segment.events:
-            total += sign * entry.size
-            most = max(most, total)
-    return most
+    def gone(self, address, size):
+        self.known.discard(address)
+        self.now -= size
+
+
+def real_step(settings):
+    """What the tensors of a real training step take when that is most, in bytes."""
+    model = real_model(settings)
+    tokens = torch.zeros(settings.micro_batch_size, settings.sequence_len, dtype=torch.int64)
+    with peftfast.enabled(strict=True), Counter() as counter:
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    return counter.most
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])

@@ -8,6 +8,7 @@ length of its call is not seen: of peftfast's a panel of the weight per thread, 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -23,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
+from transformers import masking_utils
 
 from peftfast.integrations import expert_adapters, experts
 from peftfast.integrations.bases import KINDS
@@ -77,7 +79,7 @@ class DryRun:
                 parameter.grad = torch.empty_like(parameter) if accumulation else None
             recorder = _Recorder(self.known)
             handles = _mark_segments(self.model, recorder)
-            with recorder:
+            with recorder, _masks_as_with_data():
                 recorder.saw(parameter.grad for parameter in trained if accumulation)
                 tokens = torch.zeros(batch_size, sequence_len, dtype=torch.int64)
                 loss = self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
@@ -207,6 +209,20 @@ def _peak(segments: Iterable[_Segment]) -> dict[str, int]:
             if total > largest:
                 largest, found = total, dict(now)
     return found
+
+
+@contextlib.contextmanager
+def _masks_as_with_data() -> Iterator[None]:
+    """Has transformers look at what masks hold, as in training, though tensors without data remind it of tracing.
+
+    The recorder then answers that nothing is padded or packed, and attention runs without a mask of its own.
+    """
+    before = masking_utils.is_tracing
+    masking_utils.is_tracing = lambda tensor=None: False
+    try:
+        yield
+    finally:
+        masking_utils.is_tracing = before
 
 
 # ---- the model without memory ------------------------------------------------------------------------------
