@@ -59,7 +59,7 @@ class DryRun:
 
         Args:
             checkpointing: each decoder layer keeps its input alone, and runs once more in backward.
-            accumulation: gradients of earlier batches are there from the beginning.
+            accumulation: gradients of earlier batches are there already, and are not counted.
         Returns:
             By PARTS: "gradients" of the adapters; "activations", kept from forward to backward; "logits", from the
             output embeddings to the loss and back; "workspace", all that lives within one layer, which with
@@ -77,14 +77,13 @@ class DryRun:
         with self.mode:
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter) if accumulation else None
-            recorder = _Recorder(self.known)
+            recorder = _Recorder([*self.known, *(it.grad for it in trained if accumulation)])
             handles = _mark_segments(self.model, recorder)
             with recorder, _masks_as_with_data():
-                recorder.saw(parameter.grad for parameter in trained if accumulation)
                 tokens = torch.zeros(batch_size, sequence_len, dtype=torch.int64)
                 loss = self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
                 loss.backward()
-            recorder.label(parameter.grad for parameter in trained)
+            recorder.label(parameter.grad for parameter in trained if not accumulation)
             for handle in handles:
                 handle.remove()
             for parameter in trained:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import inspect
+import itertools
 import json
 import math
 import re
@@ -109,13 +110,13 @@ class Choice:
     Attributes:
         fits: on the card; True where none was named.
         longest: the longest sequence that does, in tokens: a multiple of 16, or all that the model takes; 0: not even
-            16 do; None where no card was named.
+            16 do; None where it was not looked for.
     """
 
     changes: dict
     memory: Memory
     fits: bool
-    longest: int | None
+    longest: int | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Plan:
         with_checkpointing, without_checkpointing: the memory of the settings either way.
         capacity: the bytes of the card that tensors may use; None without a card.
         choices: ways to run the planned batch: with and without checkpointing and, on a card, dense and in 4 bits.
-        cheapest: of all ways that fit, the one that gives up least of what was asked for; None where nothing fits.
+        cheapest: of all ways that fit, the fastest that gives up least of what was asked for; None where nothing fits.
     """
 
     settings: PlanSettings
@@ -178,58 +179,65 @@ def plan(settings: PlanSettings, gpu: str | None = None, reserve: str = "1GB") -
         changed = dataclasses.replace(settings, **changes)
         if changed.method not in runs:
             runs[changed.method] = _Run(config, changed)
-        run = runs[changed.method]
-        memory, longest = run.memory(changed, changed.sequence_len, gpu is not None), None
-        if capacity is not None:
-            longest = run.longest(changed, capacity, most)
+        memory = runs[changed.method].memory(changed, changed.sequence_len, gpu is not None)
         different = {name: value for name, value in changes.items() if getattr(settings, name) != value}
-        return Choice(different, memory, capacity is None or memory.total <= capacity, longest)
+        return Choice(different, memory, capacity is None or memory.total <= capacity)
 
-    either = {on: choice(checkpointing=on) for on in (False, True)}
-    choices = list(either.values())
-    if capacity is not None and settings.method == "qlora" and not _is_quantized(config):
-        choices += [choice(method="lora", checkpointing=on) for on in (False, True)]
-    elif capacity is not None and settings.method == "lora":
-        choices += [choice(method="qlora", checkpointing=on) for on in (False, True)]
+    def with_longest(way: Choice) -> Choice:
+        changed = dataclasses.replace(settings, **way.changes)
+        return dataclasses.replace(way, longest=runs[changed.method].longest(changed, capacity, most))
+
+    choices = [choice(checkpointing=on) for on in (False, True)]
+    either = {on: way.memory for on, way in zip((False, True), choices)}
+    if capacity is not None:
+        other = {"lora": "qlora", "qlora": None if _is_quantized(config) else "lora"}.get(settings.method)
+        if other is not None:
+            choices += [choice(method=other, checkpointing=on) for on in (False, True)]
+        choices = list(map(with_longest, choices))
     run = runs[settings.method]
     return Plan(
         settings=settings,
         parameters=run.parameters,
         trainable_parameters=run.trainable,
-        with_checkpointing=either[True].memory,
-        without_checkpointing=either[False].memory,
+        with_checkpointing=either[True],
+        without_checkpointing=either[False],
         capacity=capacity,
         choices=choices,
-        cheapest=_cheapest(settings, choices, choice),
+        cheapest=_cheapest(settings, choices, choice, with_longest),
     )
 
 
-def _cheapest(settings: PlanSettings, choices: list[Choice], choice: Callable[..., Choice]) -> Choice | None:
-    """The first that fits, in the order of what is given up for it.
+def _cheapest(
+    settings: PlanSettings,
+    choices: list[Choice],
+    choice: Callable[..., Choice],
+    with_longest: Callable[[Choice], Choice],
+) -> Choice | None:
+    """The first that fits, in the order of what it costs.
 
-    First the ways to run the batch as it is: as planned, then with checkpointing, which costs a forward pass more, then
-    in 4 bits, which cost precision, then with both. Then the leanest of these with the batch halved, as often as need
-    be, and made up for by accumulation; then with a shorter sequence.
+    First the ways to run the batch as it is: without checkpointing, which takes a forward pass more; with it; where
+    dense weights were asked for, both again in 4 bits, which cost precision. Then the leanest of these with the batch
+    halved, as often as need be, and made up for by accumulation; then with a shorter sequence.
     """
 
-    def given_up(way: Choice) -> tuple[bool, bool]:
+    def cost(way: Choice) -> tuple[bool, bool]:
         changed = dataclasses.replace(settings, **way.changes)
-        return changed.method == "qlora" and settings.method != "qlora", changed.checkpointing
+        return changed.method != settings.method, changed.checkpointing
 
-    ways = [way for way in choices if way.changes.get("method") != "lora"]  # not denser than was asked for
-    for way in sorted(ways, key=given_up):
+    ways = [way for way in choices if way.changes.get("method") != "lora"]  # never denser than was asked for
+    for way in sorted(ways, key=cost):
         if way.fits:
             return way
-    leanest = min(ways, key=lambda way: way.memory.total)
-    batch, steps, way = settings.micro_batch_size, settings.gradient_accumulation_steps, leanest
+    way = min(ways, key=lambda way: way.memory.total)
+    batch, steps = settings.micro_batch_size, settings.gradient_accumulation_steps
     while batch > 1:
         smaller = batch // 2
         batch, steps = smaller, math.ceil(batch * steps / smaller)
-        changes = dict(micro_batch_size=batch, gradient_accumulation_steps=steps)
-        way = choice(**leanest.changes, **changes)
+        way = choice(**way.changes | dict(micro_batch_size=batch, gradient_accumulation_steps=steps))
         if way.fits:
             return way
-    return choice(**leanest.changes | way.changes, sequence_len=way.longest) if way.longest else None
+    longest = with_longest(way).longest
+    return choice(**way.changes, sequence_len=longest) if longest else None
 
 
 # ---- one model ---------------------------------------------------------------------------------------------
@@ -274,6 +282,8 @@ class _Run:
             checkpointing=settings.checkpointing,
             accumulation=accumulation,
         )
+        if accumulation:
+            step["gradients"] = self.adapters
         # On a GPU torch's AdamW updates all parameters at once, and forms the denominator of all; on the CPU one after
         # the other, where the square root and the denominator are two tensors.
         denominators = self.adapters if on_gpu else 2 * self.largest_adapter
@@ -302,17 +312,21 @@ class _Run:
             return high
         if spare_low < 0:
             return low - SEQUENCE_STEP
-        halve = False
-        while high - low > SEQUENCE_STEP:
-            guess = (low + high) // 2 if halve else low + (high - low) * spare_low // (spare_low - spare_high)
+        for attempt in itertools.count():
+            if high - low <= SEQUENCE_STEP:
+                return low
+            # In turn: on the line; a step further, which ends the search where the line was straight; halfway.
+            guess = (
+                low + (high - low) * spare_low // (spare_low - spare_high),
+                low + SEQUENCE_STEP,
+                (low + high) // 2,
+            )[attempt % 3]
             guess = min(max(guess // SEQUENCE_STEP * SEQUENCE_STEP, low + SEQUENCE_STEP), high - 1)
             spare_guess = spare(guess)
             if spare_guess >= 0:
                 low, spare_low = guess, spare_guess
             else:
                 high, spare_high = guess, spare_guess
-            halve = not halve
-        return low
 
 
 def _read_config(model: str):
