@@ -1,0 +1,360 @@
+"""A training step without data: the model's own modules run on tensors that have no memory, and every one is counted.
+
+torch's FakeTensorMode gives a tensor a shape, a dtype and a device but no storage. peftfast's operators, which have
+told torch what they return and keep for backward, run in it as torch's own do. So what a step allocates, and for how
+long, comes from the code that will train, whatever the architecture. What an operator needs within itself for the
+length of its call is not seen: of peftfast's a panel of the weight per thread, in the cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import math
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import masking_utils
+
+from peftfast.integrations import expert_adapters, experts
+from peftfast.integrations.bases import KINDS
+from peftfast.integrations.experts import FourBitExperts, projections
+from peftfast.integrations.transformers import FourBitConfig, FourBitHfQuantizer
+from peftfast.nn import Linear4bit
+from peftfast.ops import FourBitWeight, NestedAbsmax
+from peftfast.reference import NESTED_BLOCKSIZE
+
+PARTS = ("gradients", "activations", "logits", "workspace")
+
+
+class DryRun:
+    """A model with adapters, made on the meta device, whose training steps are run without data.
+
+    `model` is taken over: it cannot be used for anything else.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.mode = model.train(), FakeTensorMode()
+        with self.mode:
+            _without_memory(model)
+        for module in model.modules():
+            _on_the_operators(module)
+        self.repeats = _leave_out_repeated_layers(model)
+        self.known = list(_tensors(model))
+
+    def step(
+        self, batch_size: int, sequence_len: int, *, checkpointing: bool, accumulation: bool = False
+    ) -> dict[str, int]:
+        """What a training step allocates beside weights and optimizer when that is most, in bytes.
+
+        Args:
+            checkpointing: each decoder layer keeps its input alone, and runs once more in backward.
+            accumulation: gradients of earlier batches are there already, and are not counted.
+        Returns:
+            By PARTS: "gradients" of the adapters; "activations", kept from forward to backward; "logits", from the
+            output embeddings to the loss and back; "workspace", all that lives within one layer, which with
+            checkpointing comprises what its second forward keeps.
+        Raises:
+            ValueError: the model does not support checkpointing.
+        """
+        base = self.model.get_base_model()
+        if checkpointing:
+            # No random state to keep: there are no random numbers.
+            base.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        else:
+            base.activation_checkpointing_disable()
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        with self.mode:
+            for parameter in trained:
+                parameter.grad = torch.empty_like(parameter) if accumulation else None
+            recorder = _Recorder([*self.known, *(it.grad for it in trained if accumulation)])
+            handles = _mark_segments(self.model, recorder)
+            with recorder, _masks_as_with_data():
+                tokens = torch.zeros(batch_size, sequence_len, dtype=torch.int64)
+                loss = self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+                loss.backward()
+            recorder.label(parameter.grad for parameter in trained if not accumulation)
+            for handle in handles:
+                handle.remove()
+            for parameter in trained:
+                parameter.grad = None
+        return _peak(_repeated(recorder.segments, self.repeats))
+
+
+# ---- what is recorded --------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Storage:
+    """The memory of a tensor and its views, by the numbers of the segments in which it came and went."""
+
+    size: int
+    came: int
+    went: int | None = None
+    part: str = "workspace"
+
+
+@dataclass
+class _Segment:
+    """A stretch of a step: what is allocated (1) and freed (-1) in it, in order; `layer` runs, None: no layer does."""
+
+    phase: str  # "forward", "logits" or "backward"
+    layer: int | None = None
+    events: list[tuple[_Storage, int]] = field(default_factory=list)
+
+
+class _Recorder(TorchDispatchMode):
+    """Sees each tensor come and go while it is on, but those that are known."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.segments = [_Segment("forward")]
+        self.storages = WeakIdKeyDictionary({tensor.untyped_storage(): None for tensor in known})
+        self.answers = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            # What code asks of values that are not there: is all of it right (yes), is something out of range (no).
+            return self.answers.get(args[0], 0)
+        if function is torch.ops.aten.equal.default:
+            return True
+        out = function(*args, **(kwargs or {}))
+        self.saw(tensor for tensor in tree_iter(out) if isinstance(tensor, Tensor))
+        if function is torch.ops.aten.all.default:
+            self.answers[out] = 1
+        return out
+
+    def saw(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage not in self.storages:
+                entry = self.storages[storage] = _Storage(storage.nbytes(), len(self.segments) - 1)
+                self.segments[-1].events.append((entry, 1))
+                weakref.finalize(storage, self._went, entry)
+
+    def _went(self, entry: _Storage) -> None:
+        entry.went = len(self.segments) - 1
+        self.segments[-1].events.append((entry, -1))
+
+    def begin(self, phase: str, layer: int | None = None) -> None:
+        """What comes next is of this segment."""
+        self.segments.append(_Segment(phase, layer))
+
+    def label(self, gradients: Iterable[Tensor]) -> None:
+        """Finds what each storage was for, now that the step is over."""
+        for gradient in gradients:
+            self.storages[gradient.untyped_storage()].part = "gradients"
+        for entry in {entry for segment in self.segments for entry, _ in segment.events}:
+            phase = self.segments[entry.came].phase
+            if entry.part == "gradients":
+                continue
+            if phase == "logits":
+                entry.part = "logits"
+            elif phase == "forward" and entry.went != entry.came:
+                entry.part = "activations"
+
+
+def _mark_segments(model: nn.Module, recorder: _Recorder) -> list:
+    """Has each decoder layer's forward, the output embeddings and each layer's backward begin a segment."""
+
+    def before(layer: int, *_) -> None:
+        if torch._C._current_graph_task_id() == -1:  # else forward runs again within backward
+            recorder.begin("forward", layer)
+
+    def after(layer: int, module, args, output) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if torch._C._current_graph_task_id() == -1 and hidden.requires_grad:
+            hidden.register_hook(lambda grad: recorder.begin("backward", layer))
+
+    handles = []
+    for number, layer in enumerate(_decoder_layers(model)):
+        handles.append(layer.register_forward_pre_hook(functools.partial(before, number)))
+        handles.append(layer.register_forward_hook(functools.partial(after, number)))
+    head = model.get_base_model().get_output_embeddings()
+    handles.append(head.register_forward_pre_hook(lambda *_: recorder.begin("logits")))
+    return handles
+
+
+def _repeated(segments: list[_Segment], times: int) -> Iterator[_Segment]:
+    """The segments of the whole model: those of layer 1 stand for `times` layers, in forward and in backward.
+
+    What comes or goes there alike for every layer does so each time; what is left of the logits goes once.
+    """
+    for segment in segments:
+        yield segment
+        if segment.layer == 1:
+            events = [(entry, sign) for entry, sign in segment.events if entry.part != "logits"]
+            yield from itertools.repeat(replace(segment, events=events), times - 1)
+
+
+def _peak(segments: Iterable[_Segment]) -> dict[str, int]:
+    """The bytes of each of PARTS at the moment when their sum is largest."""
+    now, total = dict.fromkeys(PARTS, 0), 0
+    found, largest = dict(now), 0
+    for segment in segments:
+        for entry, sign in segment.events:
+            now[entry.part] += sign * entry.size
+            total += sign * entry.size
+            if total > largest:
+                largest, found = total, dict(now)
+    return found
+
+
+@contextlib.contextmanager
+def _masks_as_with_data() -> Iterator[None]:
+    """Has transformers look at what masks hold, as in training, though tensors without data remind it of tracing.
+
+    The recorder then answers that nothing is padded or packed, and attention runs without a mask of its own.
+    """
+    before = masking_utils.is_tracing
+    masking_utils.is_tracing = lambda tensor=None: False
+    try:
+        yield
+    finally:
+        masking_utils.is_tracing = before
+
+
+# ---- the model without memory ------------------------------------------------------------------------------
+
+
+def quantize_without_memory(model: nn.Module, config: FourBitConfig) -> None:
+    """Puts those weights of a model on the meta device into 4 bits that loading it with `config` would."""
+    quantizer = FourBitHfQuantizer(config, pre_quantized=False)
+    quantizer._process_model_before_weight_loading(model)
+    model.is_loaded_in_4bit = True  # as transformers tells PEFT
+    how = config.quant_type, config.blocksize, config.nested
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            shape = (module.out_features, module.in_features)
+            module.assign(_empty_fourbit(shape, model.dtype, *how, device="meta"))
+        elif isinstance(module, FourBitExperts):
+            for projection in projections(module):
+                shape = quantizer.experts.get(f"{name}.{projection}")
+                if shape is not None:
+                    module.set_fourbit_weight(
+                        projection, _empty_fourbit(shape, model.dtype, *how, device="meta")
+                    )
+
+
+def _empty_fourbit(
+    shape: Sequence[int], dtype: torch.dtype, quant_type: str, blocksize: int, nested: bool, device: str
+) -> FourBitWeight:
+    empty = functools.partial(torch.empty, device=device)
+    count, how = math.prod(shape), None
+    blocks = math.ceil(count / blocksize)
+    if nested:
+        how = NestedAbsmax(empty(math.ceil(blocks / NESTED_BLOCKSIZE)), empty(256), empty(()))
+    packed = empty((count + 1) // 2, 1, dtype=torch.uint8)
+    absmax = empty(blocks, dtype=torch.uint8 if nested else torch.float32)
+    return FourBitWeight(packed, absmax, tuple(shape), dtype, quant_type, blocksize, how)
+
+
+def _without_memory(model: nn.Module) -> None:
+    """Puts tensors of the current FakeTensorMode, on the CPU, in the place of those on the meta device."""
+    made: dict[Tensor, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if tensor not in made:  # tied weights stay tied
+            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+            parameter = isinstance(tensor, nn.Parameter)
+            made[tensor] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
+        return made[tensor]
+
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            held.update({name: fake(tensor) for name, tensor in held.items() if tensor is not None})
+        if isinstance(module, Linear4bit):
+            module.assign(_fake_fourbit(module.quantized_weight))
+        elif isinstance(module, FourBitExperts):
+            for name in list(module.fourbit_weights):
+                module.set_fourbit_weight(name, _fake_fourbit(module.fourbit_weights[name]))
+
+
+def _fake_fourbit(weight: FourBitWeight) -> FourBitWeight:
+    how = weight.quant_type, weight.blocksize, weight.nested is not None
+    return _empty_fourbit(weight.shape, weight.dtype, *how, device="cpu")
+
+
+def _tensors(model: nn.Module) -> Iterable[Tensor]:
+    """All that is in memory before a step begins, but the optimizer."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        for weight in fourbit_weights(module):
+            yield from (weight.packed, weight.absmax)
+            if weight.nested:
+                yield from (weight.nested.absmax, weight.nested.code, weight.nested.offset)
+
+
+def fourbit_weights(module: nn.Module) -> list[FourBitWeight]:
+    """Those that the module itself holds."""
+    if isinstance(module, Linear4bit):
+        return [module.quantized_weight]
+    if isinstance(module, FourBitExperts):
+        return [module.fourbit_weight(name) for name in module.fourbit_weights]
+    return []
+
+
+def _on_the_operators(module: nn.Module) -> None:
+    """Calls what peftfast calls for the layer once it is enabled; that asks first whether its tensors are ordinary."""
+    if isinstance(module, ParamWrapper):
+        module.forward = functools.partial(expert_adapters.fused, module)
+    elif experts.is_experts(module):
+        module.forward = lambda *args: experts.call(module, *args, {})
+    elif isinstance(module, LoraLayer) and type(module.base_layer) in KINDS:
+        module.forward = functools.partial(_lora, module)
+
+
+def _lora(layer: LoraLayer, x: Tensor) -> Tensor:
+    base, names = layer.base_layer, [name for name in layer.active_adapters if name in layer.lora_A]
+    lora_A, lora_B = ([factors[name].weight for name in names] for factors in (layer.lora_A, layer.lora_B))
+    scaling = [layer.scaling[name] for name in names]
+    dropout = [getattr(layer.lora_dropout[name], "p", 0.0) for name in names]
+    return KINDS[type(base)].call(base, x, lora_A, lora_B, scaling, base.bias, dropout)
+
+
+# ---- layers that are alike ---------------------------------------------------------------------------------
+
+
+def _decoder_layers(model: nn.Module) -> nn.ModuleList | list:
+    """The decoder layers: the list that has as many modules as the configuration says."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [module for module in model.modules() if type(module) is nn.ModuleList and len(module) == count]
+    return lists[0] if lists else []
+
+
+def _leave_out_repeated_layers(model: nn.Module) -> int:
+    """Leaves three of decoder layers that are all alike: the first, one for all in the middle, and the last.
+
+    Returns:
+        How many layers the second stands for; 1 where no layer was left out.
+    """
+    layers = _decoder_layers(model)
+    config = model.config.get_text_config()
+    types = getattr(config, "layer_types", None) or [None] * len(layers)
+    kinds = {
+        (
+            kind,
+            tuple(
+                (name, type(part), tuple((p.shape, p.dtype, p.requires_grad) for p in part.parameters(False)))
+                for name, part in layer.named_modules()
+            ),
+        )
+        for kind, layer in zip(types, layers, strict=False)
+    }
+    if len(layers) < 4 or len(kinds) > 1:
+        return 1
+    middle = len(layers) - 2
+    del layers[2:-1]
+    config.num_hidden_layers = len(layers)
+    return middle

@@ -1,0 +1,287 @@
+"""`peftfast plan`: its parts against real training steps and against arithmetic, and what it says fits."""
+
+import json
+import math
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OlmoeConfig
+
+import peftfast
+from peftfast.cli import dry_run, main, methods
+from peftfast.cli.errors import UserError
+from peftfast.cli.plan import GPUS, PlanSettings, plan
+from peftfast.nn import quantize_linears
+from peftfast.testing import bytes_saved_for_backward
+
+HIDDEN, INNER, LAYERS, VOCABULARY = 64, 96, 5, 200
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """The configuration of a Llama of five layers, without weights, as a folder."""
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=LAYERS,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+    ).save_pretrained(folder)  # fmt: skip
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def olmoe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "olmoe"
+    OlmoeConfig(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=4, num_experts=8, num_experts_per_tok=2, eos_token_id=1,
+    ).save_pretrained(folder)  # fmt: skip
+    return str(folder)
+
+
+def linear_layers():
+    """(in, out) of the linear layers of one decoder layer; keys and values have half the heads."""
+    attention = [(HIDDEN, HIDDEN), (HIDDEN, HIDDEN // 2), (HIDDEN, HIDDEN // 2), (HIDDEN, HIDDEN)]
+    return [*attention, (HIDDEN, INNER), (HIDDEN, INNER), (INNER, HIDDEN)]
+
+
+def real_model(settings):
+    """The same model with weights, under peftfast; strict, so that it cannot run another path."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(settings.model)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.dtype]
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if settings.method == "qlora":
+        quantize_linears(model)
+        if methods.experts_of(model):
+            peftfast.integrations.experts.quantize_experts(model)
+    if methods.experts_of(model):
+        model.set_experts_implementation("peftfast")
+    if settings.checkpointing:
+        model.activation_checkpointing_enable()
+    return methods.adapt(model, settings.to_train(), ()).model.train()
+
+
+class Counter(TorchDispatchMode):
+    """The bytes of all tensors that are allocated while it is on, at the moment when they are most."""
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.now, self.most = set(), 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs)):  # what was there before, and what this made of it
+            if isinstance(tensor, torch.Tensor):
+                self.known.add(tensor.untyped_storage()._cdata)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.known:
+                storage = tensor.untyped_storage()
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+        return out
+
+    def gone(self, address, size):
+        self.known.discard(address)
+        self.now -= size
+
+
+def real_step(settings):
+    """What the tensors of a real training step take when that is most, in bytes."""
+    model = real_model(settings)
+    tokens = torch.zeros(settings.micro_batch_size, settings.sequence_len, dtype=torch.int64)
+    with peftfast.enabled(strict=True), Counter() as counter:
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    return counter.most
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("method", ["lora", "qlora", "mixture"])
+def test_a_step_without_data_allocates_what_a_real_one_does(llama, method, checkpointing):
+    settings = PlanSettings(
+        llama, method, dtype="fp32", micro_batch_size=2, sequence_len=128, checkpointing=checkpointing
+    )
+    memory = plan(settings).memory
+    step = memory.gradients + memory.activations + memory.logits + memory.workspace
+    assert step == pytest.approx(real_step(settings), rel=0.01)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_step_over_experts_allocates_what_a_real_one_does(olmoe, method):
+    # Long enough for the step, and not the optimizer, to take most.
+    settings = PlanSettings(olmoe, method, dtype="fp32", sequence_len=512, checkpointing=False)
+    memory = plan(settings).memory
+    step = memory.gradients + memory.activations + memory.logits + memory.workspace
+    assert step == pytest.approx(real_step(settings), rel=0.01)
+
+
+def test_activations_are_what_autograd_keeps(llama):
+    settings = PlanSettings(llama, dtype="fp32", sequence_len=256, checkpointing=False)
+    model = real_model(settings)
+    tokens = torch.zeros(1, 256, dtype=torch.int64)
+    with peftfast.enabled(strict=True):
+        kept = bytes_saved_for_backward(
+            lambda: model(input_ids=tokens, labels=tokens, use_cache=False).loss, model.parameters()
+        )
+    of_the_loss = 256 * VOCABULARY * 4  # the logarithms of the softmax
+    assert plan(settings).memory.activations == pytest.approx(kept - of_the_loss, rel=0.02)
+
+
+def test_weights_are_counted_to_the_byte(llama):
+    rank, memory = 8, plan(PlanSettings(llama, "qlora", lora_r=8, sequence_len=64)).memory
+
+    def fourbit(count):
+        """Two codes to a byte; a byte of scale to 64; of these a float to 256; 256 floats of code, and an offset."""
+        blocks = math.ceil(count / 64)
+        return count // 2 + blocks + 4 * math.ceil(blocks / 256) + 4 * 256 + 4
+
+    shapes = linear_layers()
+    assert memory.weights["nf4"] == LAYERS * sum(fourbit(inputs * outputs) for inputs, outputs in shapes)
+    assert memory.weights["bfloat16"] == 2 * (2 * LAYERS + 1) * HIDDEN  # norms
+    assert memory.embeddings == 2 * 2 * VOCABULARY * HIDDEN
+    assert memory.adapters == 4 * LAYERS * rank * sum(inputs + outputs for inputs, outputs in shapes)
+    assert memory.optimizer == 2 * memory.adapters
+    dense = plan(PlanSettings(llama, lora_r=8, sequence_len=64)).memory
+    linear = sum(inputs * outputs for inputs, outputs in shapes)
+    assert dense.weights["bfloat16"] == memory.weights["bfloat16"] + 2 * LAYERS * linear
+
+
+def test_tied_embeddings_count_once(tmp_path):
+    config = dict(vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=2, n_head=2, n_positions=128)
+    GPT2Config(**config, bos_token_id=0, eos_token_id=0).save_pretrained(tmp_path)
+    found = plan(PlanSettings(str(tmp_path), sequence_len=64))
+    assert found.memory.embeddings == 2 * VOCABULARY * HIDDEN
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_one_layer_stands_for_all_that_are_alike(llama, monkeypatch, checkpointing):
+    settings = PlanSettings(llama, sequence_len=512, checkpointing=checkpointing)
+    short = plan(settings).memory
+    monkeypatch.setattr(dry_run, "_leave_out_repeated_layers", lambda model: 1)
+    assert plan(settings).memory == short
+
+
+def test_accumulated_gradients_are_there_throughout(llama):
+    once = PlanSettings(llama, sequence_len=512, checkpointing=False)
+    memory = plan(replace(once, gradient_accumulation_steps=4)).memory
+    assert memory.gradients == memory.adapters
+    assert plan(once).memory.gradients < memory.gradients
+
+
+# ---- what fits ----------------------------------------------------------------------------------------------
+
+
+def megabytes(size):
+    return f"{size / 1e6:.6f}MB"
+
+
+def test_longest_sequence_fits_and_the_next_does_not(llama):
+    settings = PlanSettings(llama, sequence_len=64)
+    capacity = plan(replace(settings, sequence_len=700)).memory.total
+    found = plan(settings, megabytes(capacity + 10**6), "1MB")
+    (choice,) = [way for way in found.choices if not way.changes]
+    assert choice.fits and choice.longest == 688  # of 16s, the last that is not above 700
+    assert plan(replace(settings, sequence_len=688)).memory.total <= capacity
+    assert plan(replace(settings, sequence_len=704)).memory.total > capacity
+
+
+def test_all_that_the_model_takes_is_the_longest(llama):
+    found = plan(PlanSettings(llama, sequence_len=64), "rtx-3060")
+    assert {way.longest for way in found.choices} == {2048}
+    assert found.capacity == GPUS["rtx-3060"] * 10**9 - 10**9
+
+
+def test_cheapest_gives_up_as_little_as_it_must(llama):
+    settings = PlanSettings(llama, "lora", micro_batch_size=4, sequence_len=512, checkpointing=False)
+
+    def cheapest(size):
+        found = plan(settings, megabytes(size + 10**6), "1MB").cheapest
+        assert found is None or found.fits
+        return found and found.changes
+
+    def total(**changes):
+        return plan(replace(settings, **changes)).memory.total
+
+    assert cheapest(total()) == {}
+    assert cheapest(total(checkpointing=True)) == {"checkpointing": True}
+    both = {"method": "qlora", "checkpointing": True}
+    halved = both | {"micro_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert cheapest(total(**halved)) == halved
+    single = both | {"micro_batch_size": 1, "gradient_accumulation_steps": 4}
+    shorter = cheapest(total(**single, sequence_len=256))
+    assert shorter == single | {"sequence_len": 256}
+    assert cheapest(1000) is None
+
+
+def test_checkpointing_is_left_out_where_all_fits_without(llama):
+    assert plan(PlanSettings(llama, sequence_len=64), "8GB").cheapest.changes == {"checkpointing": False}
+
+
+# ---- command line ------------------------------------------------------------------------------------------
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    return stopped.value.code or 0
+
+
+def test_command_prints_a_table_and_json(llama, capsys):
+    assert run("plan", llama, "--method", "qlora", "--sequence_len", 64, "--gpu", "8GB") == 0
+    printed = capsys.readouterr().out
+    assert "weights, nf4" in printed and "Cheapest that fits: --no-checkpointing, " in printed
+    # The file itself will do, and weights are nowhere to be found.
+    assert run("plan", f"{llama}/config.json", "--sequence-len", 64, "--json", "--gpu", "t4") == 0
+    record = json.loads(capsys.readouterr().out)
+    memory = record["memory"]
+    assert memory["total"] == sum(memory.pop("weights").values()) + sum(memory.values()) - memory["total"]
+    assert record["settings"]["sequence_len"] == 64
+    assert len(record["choices"]) == 4
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--method", "magic"], "--method is one of"),
+        (["--lora-r", 0], "--lora-r is at least 1"),
+        (["--gpu", "rtx-1"], "--gpu rtx-1: expected a size such as 8GB, or one of t4"),
+        (["--gpu", "1GB", "--reserve", "2GB"], "--gpu 1GB: nothing is left of it after --reserve 2GB"),
+        (["--reserve", "much", "--gpu", "t4"], "--reserve much: expected a size such as 8GB."),
+        (["--sequence-len", 4096], "the model takes 2048 tokens at most"),
+        (["--target-modules", "nothing"], "--target-modules nothing"),
+        (["--experts", "all"], "the model has no experts"),
+    ],
+)
+def test_refusals_are_one_sentence(llama, capsys, arguments, sentence):
+    assert run("plan", llama, *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert sentence in captured.err
+
+
+def test_a_model_in_four_bits_cannot_be_planned_dense(tmp_path):
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=2,
+        num_attention_heads=2, quantization_config=peftfast.FourBitConfig(blocksize=128).to_dict(),
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="takes --method qlora"):
+        plan(PlanSettings(str(tmp_path), "lora"))
+    found = plan(PlanSettings(str(tmp_path), "qlora", sequence_len=64), "8GB")
+    assert [way.changes for way in found.choices] == [{"checkpointing": False}, {}]
+    twice = plan(PlanSettings(str(tmp_path), "qlora", sequence_len=64)).memory.weights["nf4"]
+    assert twice == found.memory.weights["nf4"]
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no config.json"):
+        plan(PlanSettings(str(tmp_path)))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="its configuration cannot be read"):
+        plan(PlanSettings(str(tmp_path)))
