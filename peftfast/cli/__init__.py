@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from peftfast.cli import convert, demo, train
+from peftfast.cli import compare, convert, demo, train
 from peftfast.cli.errors import UserError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 app.command("train")(train.command)
 app.command("demo")(demo.command)
 app.command("convert")(convert.command)
+app.command("compare")(compare.command)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -306,6 +306,7 @@ def _build_trainer(settings: TrainSettings, model, tokenizer, examples, folder: 
             math.ceil(len(examples) / settings.micro_batch_size) / settings.gradient_accumulation_steps
         )
     )
+    autocast = settings.method == "full" and settings.dtype == "bf16"
     arguments = TrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=settings.micro_batch_size,
@@ -314,7 +315,8 @@ def _build_trainer(settings: TrainSettings, model, tokenizer, examples, folder: 
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
         learning_rate=settings.learning_rates[0],
-        bf16=settings.method == "full" and settings.dtype == "bf16",
+        bf16=autocast,
+        use_cpu=autocast and not torch.accelerator.is_available(),
         warmup_steps=math.ceil(0.03 * steps),
         logging_steps=max(1, steps // 50),
         logging_nan_inf_filter=False,
