@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -331,32 +332,35 @@ def _saved_bytes(model, settings: TrainSettings) -> int:
     if model._is_prompt_learning:  # what the encoder makes of the virtual tokens
         (encoder,) = model.prompt_encoder.values()
         return encoder(torch.arange(model.active_peft_config.num_virtual_tokens, device="meta")[None]).nbytes
-    return sum(weight.nbytes for weight in get_peft_model_state_dict(model).values())
+    return sum(
+        weight.nbytes for weight in get_peft_model_state_dict(model, save_embedding_layers=False).values()
+    )
 
 
 # ---- tables and the picture -----------------------------------------------------------------------------------
 
 
 def _table(title: str, columns: list[str]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     table.add_column("method")
     for column in columns:
         table.add_column(column, justify="right")
     return table
 
 
-def _mib(size: float) -> str:
-    return f"{size / 2**20:,.2f}"
+def _bytes(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
 
 
 def _count(number: int) -> str:
-    return f"{number:,}"
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.2f} {unit}"
+    return str(number)
 
 
 def _show(table: Table, refused: dict[str, str], console: Console) -> None:
-    # Where no terminal sets the width, the table does.
-    width = console.width if console.is_terminal else max(console.width, 140)
-    console.print(table, width=width)
+    console.print(table)
     for method, sentence in refused.items():
         console.print(f"{method} was left out: {sentence}", highlight=False, soft_wrap=True)
 
@@ -370,8 +374,8 @@ def show(comparison: Comparison, console: Console) -> None:
     first = next(iter(comparison.results.values()))
     table = _table(
         f"{Path(first['settings']['model']).name}, {first['tokens']:,} tokens in {first['steps']:,} steps",
-        ["trained", "share", "gradients +\noptimizer, MiB", "of full", "peak\nMiB", "seconds", "of full",
-         "tokens/s", f"{score}\nbefore", f"{score}\nafter", "on disk\nMiB"],
+        ["trained", "share", "gradients,\noptimizer", "of full", "peak", "seconds", "of full", "tokens/s",
+         f"{score}\nbefore", "after", "on disk"],
     )  # fmt: skip
 
     def cost(costs: dict[str, float], method: str) -> str:
@@ -387,15 +391,15 @@ def show(comparison: Comparison, console: Console) -> None:
             method,
             _count(run["trainable_parameters"]),
             f"{run['trainable_share']:.2%}",
-            _mib(_state(run)),
+            _bytes(_state(run)),
             cost(comparison.memory_cost, method),
-            f"{run['peak_memory_mib']:,.0f}",
+            _bytes(run["peak_memory_mib"] * 2**20),
             f"{run['seconds']:.1f}",
             cost(comparison.time_cost, method),
             f"{run['tokens_per_second']:,.0f}",
             scored(run["before"]),
             scored(run["after"]),
-            _mib(run["saved_bytes"]),
+            _bytes(run["saved_bytes"]),
         )
     _show(table, comparison.refused, console)
 
@@ -404,7 +408,7 @@ def show_plans(plans: dict[str, Plan], refused: dict[str, str], name: str, conso
     """Print the plans as a table."""
     parameters = next(iter(plans.values())).parameters
     table = _table(
-        f"{name}, {parameters:,} parameters; MiB, without activations",
+        f"{name}, {parameters:,} parameters; memory without activations",
         ["trained", "share", "weights", "gradients", "optimizer", "together", "of full", "on disk"],
     )
 
@@ -417,12 +421,12 @@ def show_plans(plans: dict[str, Plan], refused: dict[str, str], name: str, conso
             method,
             _count(entry.trainable_parameters),
             f"{entry.trainable_share:.2%}",
-            _mib(entry.weights_bytes),
-            _mib(entry.gradient_bytes),
-            _mib(entry.optimizer_bytes),
-            _mib(together(entry)),
+            _bytes(entry.weights_bytes),
+            _bytes(entry.gradient_bytes),
+            _bytes(entry.optimizer_bytes),
+            _bytes(together(entry)),
             f"{together(entry) / together(full):.1%}" if full else "",
-            _mib(entry.saved_bytes),
+            _bytes(entry.saved_bytes),
         )
     _show(table, refused, console)
 
@@ -575,8 +579,11 @@ def command(
 
     Without --model and --data on the demo's small model and task. A run that was interrupted goes on where it stopped.
     """
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     check_record_file(json_file)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)  # no terminal sets it
     given = {name: value for name, value in shared.items() if value is not None}
     chosen, rates = _methods(methods), _learning_rates(learning_rates)
     if plan_only is not None:
