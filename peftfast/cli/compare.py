@@ -25,8 +25,8 @@ from typer import Exit, Option
 
 from peftfast import demo
 from peftfast.cli import data, methods
-from peftfast.cli.errors import UserError, first_sentence
-from peftfast.cli.settings import LEARNING_RATES, METHODS, METHODS_WITH, TrainSettings, listed, option
+from peftfast.cli.errors import MethodError, UserError, first_sentence
+from peftfast.cli.settings import METHODS, METHODS_WITH, TrainSettings, listed, option
 from peftfast.cli.train import RESULT_FILE, check_output, check_record_file
 
 RECORD_FILE, PICTURE_FILE = "compare.json", "compare.png"
@@ -49,15 +49,15 @@ DEMO = {
     "micro_batch_size": 32,
     "sequence_len": 64,
 }
-DEMO_LEARNING_RATES = LEARNING_RATES | {
+DEMO_LEARNING_RATES = {
     "full": 2e-3,
     "lora": 5e-3,
     "qlora": 5e-3,
     "mixture": 5e-3,
-    "bottleneck": 5e-3,
-    "prefix": 3e-2,
-    "prompt": 3e-2,
-    "p-tuning": 5e-3,
+    "bottleneck": 1e-2,
+    "prefix": 1e-1,
+    "prompt": 1e-1,
+    "p-tuning": 1e-2,
 }
 
 
@@ -80,17 +80,24 @@ class Comparison:
 
 
 def compare(
-    runs: dict[str, TrainSettings], out: Path, console: Console, *, overwrite: bool = False
+    runs: dict[str, TrainSettings],
+    out: Path,
+    console: Console,
+    *,
+    overwrite: bool = False,
+    refused: dict[str, str] | None = None,
 ) -> Comparison:
     """Train each of `runs`, by method, in a process of its own, and write record and picture to `out`.
 
     A run whose record is there, made with the same settings of files that have not changed since, is not repeated.
 
+    Args:
+        refused: the sentences of methods that could not be told what the others were, for the record.
     Raises:
         UserError: a run would overwrite something, or none of the methods can be run.
         typer.Exit: a training process failed; it has said why.
     """
-    results, refused = {}, {}
+    results, refused = {}, dict(refused or {})
     for method, settings in runs.items():
         earlier = _earlier(settings)
         if earlier is not None:
@@ -112,8 +119,7 @@ def compare(
         else:
             refused[method] = sentence
     results = {method: results[method] for method in runs if method in results}
-    if not results:
-        raise UserError(f"no method can be compared: {next(iter(refused.values()))}")
+    _check_any(results, refused)
     comparison = _sum_up(results, refused)
     out.mkdir(parents=True, exist_ok=True)
     with _written_at_once(out / RECORD_FILE) as path:
@@ -242,8 +248,7 @@ def plan(runs: dict[str, TrainSettings]) -> tuple[dict[str, Plan], dict[str, str
             plans[method] = _plan(settings, config)
         except UserError as error:
             refused[method] = str(error)
-    if not plans:
-        raise UserError(f"no method can be planned: {next(iter(refused.values()))}")
+    _check_any(plans, refused)
     return plans, refused
 
 
@@ -404,11 +409,11 @@ def show(comparison: Comparison, console: Console) -> None:
     _show(table, comparison.refused, console)
 
 
-def show_plans(plans: dict[str, Plan], refused: dict[str, str], name: str, console: Console) -> None:
+def show_plans(plans: dict[str, Plan], refused: dict[str, str], console: Console) -> None:
     """Print the plans as a table."""
     parameters = next(iter(plans.values())).parameters
     table = _table(
-        f"{name}, {parameters:,} parameters; memory without activations",
+        f"A model of {parameters:,} parameters; memory without activations",
         ["trained", "share", "weights", "gradients", "optimizer", "together", "of full", "on disk"],
     )
 
@@ -499,8 +504,8 @@ def _weights(run: dict) -> int:
 
 def runs_of(
     given: dict, chosen: tuple[str, ...], learning_rates: dict[str, float], out: Path
-) -> dict[str, TrainSettings]:
-    """Return the settings of each of the `chosen` methods, by its name.
+) -> tuple[dict[str, TrainSettings], dict[str, str]]:
+    """Return the settings of each of the `chosen` methods, and a sentence of each that cannot have them.
 
     Args:
         given: the shared settings that are told; an option that a method does not have is the others'. Without "model",
@@ -518,15 +523,22 @@ def runs_of(
         raise UserError(f"--model and --data go together: {missing} is missing.")
     told = (DEMO if on_demo else {}) | given
     rates = (DEMO_LEARNING_RATES if on_demo else {}) | learning_rates
-    return {
-        method: TrainSettings(
-            **{name: value for name, value in told.items() if method in METHODS_WITH.get(name, METHODS)},
-            method=method,
-            learning_rate=rates.get(method),
-            out=out / method,
-        )
-        for method in chosen
-    }
+    runs, refused = {}, {}
+    for method in chosen:
+        options = {name: value for name, value in told.items() if method in METHODS_WITH.get(name, METHODS)}
+        try:
+            runs[method] = TrainSettings(
+                **options, method=method, learning_rate=rates.get(method), out=out / method
+            )
+        except MethodError as error:
+            refused[method] = str(error)
+    _check_any(runs, refused)
+    return runs, refused
+
+
+def _check_any(left: dict, refused: dict[str, str]) -> None:
+    if not left:
+        raise UserError(f"no method is left to compare: {next(iter(refused.values()))}")
 
 
 def _methods(text: str) -> tuple[str, ...]:
@@ -589,18 +601,19 @@ def command(
     if plan_only is not None:
         if given.keys() & {"model", "data"}:
             raise UserError("--plan-only names the model itself: it goes without --model and --data.")
-        runs = runs_of(given | {"model": plan_only, "data": Path()}, chosen, rates, out)
+        runs, refused = runs_of(given | {"model": plan_only, "data": Path()}, chosen, rates, out)
         with console.status("Counting"):
-            plans, refused = plan(runs)
-        show_plans(plans, refused, plan_only, console)
+            plans, more = plan(runs)
+        refused |= more
+        show_plans(plans, refused, console)
         record = {name: dataclasses.asdict(entry) for name, entry in plans.items()}
         if json_file:
             json_file.write_text(json.dumps(record | {"refused": refused}, indent=2) + "\n", encoding="utf-8")
         return
-    runs = runs_of(given, chosen, rates, out)
+    runs, refused = runs_of(given, chosen, rates, out)
     for path in {settings.data for settings in runs.values()}:
         data.read_records(path)
-    comparison = compare(runs, out, console, overwrite=overwrite)
+    comparison = compare(runs, out, console, overwrite=overwrite, refused=refused)
     show(comparison, console)
     try:
         draw(comparison, out / PICTURE_FILE)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from typer import Option
 
-from peftfast.cli.errors import UserError
+from peftfast.cli.errors import MethodError, UserError
 from peftfast.reference import FOURBIT_BLOCKSIZES, FOURBIT_CODEBOOKS
 
 LORAS = ("lora", "qlora", "mixture")
@@ -213,11 +213,11 @@ class TrainSettings:
                 f"not {self.experts!r}."
             )
         if self.method == "mixture" and self.experts not in (None, "none"):
-            raise UserError("--method mixture adapts linear layers alone: it goes with --experts none.")
+            raise MethodError("--method mixture adapts linear layers alone: it goes with --experts none.")
         own = self.method in ("mixture", "bottleneck")
         if self.backend == "peft" and (own or self.expert_share is not None):
             what = f"--method {self.method}" if own else f"--experts {self.experts}"
-            raise UserError(f"PEFT has no such adapters: {what} goes with --backend peftfast.")
+            raise MethodError(f"PEFT has no such adapters: {what} goes with --backend peftfast.")
 
     def _check_objective(self) -> None:
         if self.objective != "pretrain":
