@@ -461,16 +461,15 @@ def draw(comparison: Comparison, path: Path) -> None:
         (0.0, 100.0) if exact else (min(y for _, y in points.values()), max(y for _, y in points.values()))
     )
     gap = 0.055 * ((high - low) or 1.0)
-    place = -math.inf  # of the label below: labels stand in a column, and none covers another
-    for method, (x, y) in sorted(points.items(), key=lambda item: item[1][1]):
-        place = max(y, place + gap)
+    for (method, (x, y)), place in zip(points.items(), _apart([y for _, y in points.values()], gap, high)):
         scores.plot(x, y, "o", color=colours[method])
         scores.annotate(
             method, (x, y), (1.03, place), textcoords=scores.get_yaxis_transform(), va="center",
-            color=colours[method], arrowprops={"arrowstyle": "-", "color": colours[method], "linewidth": 0.6},
-            annotation_clip=False,
+            color=colours[method], annotation_clip=False,
+            arrowprops=dict(arrowstyle="-", color=colours[method], linewidth=0.6, relpos=(0, 0.5)),
         )  # fmt: skip
     scores.set_xlim(left=0)
+    scores.set_ylim(low - gap, high + gap)
     scores.set_xlabel("training time, full fine-tuning = 1" if relative else "training time, seconds")
     scores.set_ylabel("exact match on held-out examples, %" if exact else "held-out loss, nats per token")
     scores.set_title("What is learned, over its cost")
@@ -491,6 +490,18 @@ def draw(comparison: Comparison, path: Path) -> None:
     memory.legend()
     with _written_at_once(path) as temporary:
         figure.savefig(temporary, dpi=150)
+
+
+def _apart(heights: list[float], gap: float, top: float) -> list[float]:
+    """Return heights for labels in a column, none nearer to another than `gap` and none above `top`."""
+    order = sorted(range(len(heights)), key=heights.__getitem__)
+    places, least, most = list(heights), -math.inf, top
+    for index in order:
+        places[index] = least = max(places[index], least + gap)
+    for index in reversed(order):
+        places[index] = min(places[index], most)
+        most = places[index] - gap
+    return places
 
 
 def _weights(run: dict) -> int:
