@@ -153,9 +153,15 @@ def pack(records: list[dict], tokenizer, sequence_len: int) -> list[Example]:
     """Return {"text"} records, joined, as full blocks of `sequence_len` tokens; the last may be shorter.
 
     The end-of-sequence token closes each text. As usual in pre-training, a block may hold several.
+
+    Raises:
+        UserError: of all texts no token is left to learn.
     """
     ids = [token for record in records for token in _closed_ids(record["text"], tokenizer)]
-    return [block for block in _blocks(ids, sequence_len) if len(block.input_ids) > 1]
+    blocks = [block for block in _blocks(ids, sequence_len) if len(block.input_ids) > 1]
+    if records and not blocks:
+        raise UserError("the text is one token long: there is nothing to learn.")
+    return blocks
 
 
 def check_raw_text(path: Path, records: list[dict]) -> None:

@@ -136,7 +136,10 @@ class TrainSettings:
     micro_batch_size: Annotated[int, Option(help="Sequences per forward pass.")] = 8
     gradient_accumulation_steps: Annotated[int, Option(help="Forward passes per optimizer step.")] = 1
     sequence_len: Annotated[int, Option(help="Tokens per sequence, at most.")] = 1024
-    dtype: Annotated[str, Option(help="Of the frozen model and its products: fp32 or bf16.")] = "fp32"
+    dtype: Annotated[
+        str,
+        Option(help="Of the frozen model and its products, with full of the products alone: fp32 or bf16."),
+    ] = "fp32"
     quant_type: Annotated[str | None, Option(help="qlora: nf4, the default, or fp4.")] = None
     blocksize: Annotated[int | None, Option(help="qlora: weights that share a scale; by default 64.")] = None
     double_quant: Annotated[

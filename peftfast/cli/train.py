@@ -416,12 +416,10 @@ def _optimizer_memory():
             if state.global_step == 0:
                 gradients = (weight.grad for weight in model.parameters())
                 self.gradient_bytes = sum(gradient.nbytes for gradient in gradients if gradient is not None)
-                held = getattr(optimizer, "optimizer", optimizer).state.values()
+                held = getattr(optimizer, "optimizer", optimizer).state.values()  # accelerate wraps it
+                values = (value for entries in held for value in entries.values())
                 self.optimizer_bytes = sum(
-                    value.nbytes
-                    for state in held
-                    for value in state.values()
-                    if isinstance(value, torch.Tensor)
+                    value.nbytes for value in values if isinstance(value, torch.Tensor)
                 )
 
     return OptimizerMemory()
