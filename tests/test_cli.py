@@ -15,6 +15,8 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2MoeConfig,
@@ -28,7 +30,7 @@ from peftfast.cli import data, main
 from peftfast.cli.answer import answer
 from peftfast.cli.errors import UserError
 from peftfast.cli.load import describe, expert_load
-from peftfast.cli.settings import TrainSettings
+from peftfast.cli.settings import LEARNING_RATES, TrainSettings
 from peftfast.cli.train import ANSWERS_FILE, PROFILE_FILE, RESULT_FILE, train
 from peftfast.demo.pretrain import build_tokenizer
 from peftfast.nn import Linear4bit
@@ -441,7 +443,7 @@ def test_bad_data_is_refused(model_folder, tmp_path, capsys, content, message):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--method", "magic", "--method is one of lora, qlora, mixture, not 'magic'"),
+        ("--method", "magic", "--method is one of lora, qlora, mixture, bottleneck, prefix, prompt"),
         ("--backend", "jax", "--backend is one of peftfast, peft, not 'jax'"),
         ("--dtype", "int3", "--dtype is one of fp32, bf16, not 'int3'"),
         ("--experts", "some", "--experts is all, none, or profile: and a share in (0, 1]"),
@@ -466,6 +468,26 @@ def test_bad_data_is_refused(model_folder, tmp_path, capsys, content, message):
         ),
         ("--mixture-experts", "4", "--mixture-experts goes with --method mixture, not with --method lora"),
         ("--mixture-top-k", "4", "--mixture-top-k goes with --method mixture, not with --method lora"),
+        ("--objective", "sing", "--objective is one of fine-tune, pretrain, not 'sing'"),
+        (
+            "--objective",
+            "pretrain",
+            'pairs.jsonl: --objective pretrain takes .txt files and lines with "text", not',
+        ),
+        ("--embedding-learning-rate", "1e-5", "--embedding-learning-rate goes with --objective pretrain."),
+        (
+            "--method",
+            "bottleneck",
+            "PEFT has no such adapters: --method bottleneck goes with --backend peftfast",
+        ),
+        ("--bottleneck-size", "8", "--bottleneck-size goes with --method bottleneck, not with --method lora"),
+        (
+            "--num-virtual-tokens",
+            "8",
+            "--num-virtual-tokens goes with --method prefix, prompt or p-tuning, not",
+        ),
+        ("--prompt-init-text", "Hi", "--prompt-init-text goes with --method prompt, not with --method lora"),
+        ("--encoder-hidden-size", "8", "--encoder-hidden-size goes with --method prefix or p-tuning, not"),
         ("--lora-r", "0", "--lora-r is at least 1, not 0"),
         ("--lora-r", "many", "--lora-r"),
         ("--lora-alpha", "-1", "--lora-alpha is a positive number"),
@@ -587,6 +609,241 @@ def test_help_is_quick():
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "--lora-r" in output
     assert output.splitlines()[-1] == "[]"
+
+
+# ---- methods other than LoRA ------------------------------------------------------------------------------
+
+
+# In the model of two layers and a hidden size of 32, with four virtual tokens.
+TRAINED = {
+    ("bottleneck", "--bottleneck-size", 4): 2 * (2 * 4 * 32 + 4 + 32),
+    ("bottleneck", "--bottleneck-placement", "houlsby"): 2 * 2 * (2 * 2 * 32 + 2 + 32),
+    ("prefix", "--num-virtual-tokens", 4): 4 * 2 * 2 * 32,
+    ("prompt", "--num-virtual-tokens", 4): 4 * 32,
+    ("prompt", "--prompt-init-text", "AB"): 20 * 32,
+    ("p-tuning", "--num-virtual-tokens", 4): 4 * 32 + 3 * (32 * 32 + 32),
+    ("p-tuning", "--encoder-hidden-size", 8): 20 * 32 + (8 * 32 + 8) + (8 * 8 + 8) + (8 * 32 + 32),
+}
+
+
+@pytest.mark.parametrize(("method", "option", "value"), TRAINED)
+def test_every_method_writes_an_adapter(model_folder, pairs, tmp_path, method, option, value):
+    out = tmp_path / "out"
+    code = run(
+        *("train", "--method", method, "--model", model_folder, "--data", pairs, "--eval-file", pairs),
+        *("--out", out, "--max-steps", 8, option, value),
+    )
+    assert code == 0
+    record = json.loads((out / RESULT_FILE).read_text())
+    count = TRAINED[method, option, value]
+    assert record["trainable_parameters"] == count
+    # The prompt's encoder has a part of its own, which is not saved.
+    assert record["trainable_share"] == pytest.approx(count / (record["parameters"] + count))
+    assert record["gradient_bytes"] == 4 * count
+    assert 0 <= record["optimizer_bytes"] - 8 * count < 4 * 100  # each weight has a count of its steps
+    assert 0 < record["saved_bytes"] < 4 * count + 4000
+    assert record["learning_rates"]["method"] == LEARNING_RATES[method]
+    assert record["after"]["loss"] < record["before"]["loss"]
+    assert_reloads(model_folder, out)
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt", "p-tuning"])
+def test_prompts_start_from_the_model_as_it_is(model_folder, pairs, tmp_path, method):
+    """Untrained virtual tokens change its answers; what was before them is the model without."""
+    results = [
+        train(
+            TrainSettings(
+                model=str(model_folder), data=pairs, eval_file=pairs, out=tmp_path / f"{each}-{backend}",
+                method=each, backend=backend, max_steps=3, learning_rate=1e-2,
+            )
+        )
+        for each, backend in (("lora", "peft"), (method, "peft"), (method, "peftfast"))
+    ]  # fmt: skip
+    lora, eager, fast = results
+    assert lora.before.loss == pytest.approx(eager.before.loss, rel=1e-5)
+    assert lora.before.loss == pytest.approx(fast.before.loss, rel=1e-5)
+    assert "1 of 1 adapted" in fast.report
+    torch.testing.assert_close(torch.tensor(fast.losses), torch.tensor(eager.losses), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_full_fine_tuning_writes_a_model(model_folder, pairs, tmp_path, capsys, dtype):
+    out = tmp_path / "out"
+    code = run(
+        *("train", "--method", "full", "--model", model_folder, "--data", pairs, "--eval-file", pairs),
+        *("--out", out, "--max-steps", 4, "--learning-rate", 1e-3, "--dtype", dtype),
+    )
+    assert code == 0
+    assert f"Model: {out}" in capsys.readouterr().out.replace("\n", "")
+    record = json.loads((out / RESULT_FILE).read_text())
+    assert record["trainable_parameters"] == record["parameters"] == 37152
+    assert record["trainable_share"] == 1
+    assert (record["gradient_bytes"], record["base_bytes"]) == (4 * 37152, 4 * 37152)  # float32 in any case
+    assert record["after"]["loss"] < record["before"]["loss"]
+    torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    assert 0 < record["saved_bytes"] - torch_dtype.itemsize * 37152 < 6000
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.dtype == torch_dtype
+    lines = [json.loads(line) for line in (out / ANSWERS_FILE).read_text().splitlines()]
+    prompts = [line["prompt"] for line in lines]
+    answers = answer(model, AutoTokenizer.from_pretrained(out), prompts, max_new_tokens=3)
+    if dtype == "fp32":  # rounding may turn a close choice
+        assert answers == [line["answer"] for line in lines]
+
+
+def test_full_fine_tuning_trains_experts_and_routers(moe_folder, pairs, tmp_path):
+    result = train_moe(moe_folder, pairs, tmp_path / "out", method="full", learning_rate=1e-3)
+    assert result.experts == "all"
+    assert result.router_aux_loss_coef == 0.05
+    assert result.trainable_parameters == result.parameters
+    assert result.after.loss < result.before.loss
+    before, after = (load_file(folder / "model.safetensors") for folder in (moe_folder, tmp_path / "out"))
+    assert all(not torch.equal(after[name], before[name]) for name in before if "mlp" in name)
+
+
+# ---- continued pre-training ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def texts(tmp_path):
+    records = [
+        {"text": f"Document {number} squares it: {number**2}. " * (1 + number % 3)} for number in range(20)
+    ]
+    return write_jsonl(tmp_path / "texts.jsonl", records)
+
+
+def save_tied(folder, tokenizer, architecture):
+    torch.manual_seed(0)
+    common = dict(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
+    if architecture == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, **common))
+    else:
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                tie_word_embeddings=architecture == "tied", **common,
+            )
+        )  # fmt: skip
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def pretrain(folder, texts, out, **options):
+    options = dict(max_steps=4, learning_rate=1e-2, sequence_len=64, objective="pretrain") | options
+    return train(TrainSettings(model=str(folder), data=texts, out=out, **options))
+
+
+def test_documents_are_joined_into_full_blocks(tokenizer):
+    texts = ["first", "second one", "third"]
+    blocks = data.pack([{"text": text} for text in texts], tokenizer, 8)
+    joined = [token for block in blocks for token in block.input_ids]
+    assert tokenizer.decode(joined) == "".join(text + tokenizer.eos_token for text in texts)
+    assert [len(block.input_ids) for block in blocks] == [8, 8, 7]
+    assert all(block.labels == block.input_ids for block in blocks)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+@pytest.mark.parametrize("architecture", ["tied", "untied", "gpt2"])
+def test_pretraining_trains_embeddings_and_head(tokenizer, texts, tmp_path, architecture, method):
+    folder = save_tied(tmp_path / "model", tokenizer, architecture)
+    result = pretrain(folder, texts, tmp_path / "out", method=method, embedding_learning_rate=1e-4)
+    assert result.after.loss < result.before.loss
+    assert result.after.exact_match is None
+    if method == "full":
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+        assert result.trainable_parameters == result.parameters
+    else:
+        config = FourBitConfig() if method == "qlora" else None
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config)
+        peft_model = PeftModel.from_pretrained(base, tmp_path / "out")
+        lora = 2 * 16 * (4 * 64 + 3 * 96 if architecture != "gpt2" else (32 + 96) + 64 + 2 * (32 + 128))
+        assert result.trainable_parameters == lora + (1 + (architecture == "untied")) * 258 * 32
+        model = peft_model.get_base_model()
+    before = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    weights = [
+        (model.get_input_embeddings().weight, before.get_input_embeddings().weight),
+        (model.get_output_embeddings().weight, before.get_output_embeddings().weight),
+    ]
+    for after, original in weights:
+        # Two peaks' worth of Adam's steps after the warmup: 0, 1, 2/3 and 1/3.
+        assert 1e-4 < (after - original).abs().max() < 2.5e-4
+    if architecture != "untied":
+        assert torch.equal(weights[0][0], weights[1][0])
+    if method == "full":  # all else learns at the whole rate
+        after, original = (dict(each.named_parameters()) for each in (model, before))
+        [name] = [
+            name for name in original if name.endswith(("layers.1.mlp.up_proj.weight", "h.1.mlp.c_fc.weight"))
+        ]
+        assert 1e-2 < (after[name] - original[name]).abs().max() < 2.5e-2
+
+
+@pytest.mark.parametrize("architecture", ["tied", "untied"])
+def test_a_pretrained_adapter_is_the_same_under_plain_peft(tokenizer, texts, tmp_path, architecture):
+    folder = save_tied(tmp_path / "model", tokenizer, architecture)
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", [{"text": "Document 5 squares it: 25."}])
+    result = pretrain(folder, texts, tmp_path / "out", eval_file=held_out)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, tmp_path / "out")
+    [example] = data.pack([{"text": "Document 5 squares it: 25."}], tokenizer, 64)
+    ids = torch.tensor([example.input_ids])
+    with torch.no_grad():
+        assert model(input_ids=ids, labels=ids).loss.item() == pytest.approx(result.after.loss, rel=1e-5)
+    assert result.after.loss < result.before.loss
+
+
+def test_embeddings_learn_at_a_tenth_by_default(tokenizer, texts, tmp_path):
+    folder = save_tied(tmp_path / "model", tokenizer, "untied")
+    result = pretrain(folder, texts, tmp_path / "out")
+    assert result.learning_rates == {"method": 1e-2, "embeddings": pytest.approx(1e-3)}
+    after = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    change = (
+        after["base_model.model.lm_head.weight"] - load_file(folder / "model.safetensors")["lm_head.weight"]
+    )
+    assert 1e-3 < change.abs().max() < 2.5e-3
+
+
+def test_embeddings_train_in_float32_in_a_model_of_bf16(tokenizer, texts, tmp_path):
+    folder = save_tied(tmp_path / "model", tokenizer, "tied")
+    result = pretrain(
+        folder, texts, tmp_path / "out", dtype="bf16", learning_rate=1e-3, embedding_learning_rate=1e-6
+    )
+    assert "14 of 14 adapted" in result.report
+    base = load_file(folder / "model.safetensors")["model.embed_tokens.weight"].bfloat16().float()
+    weights = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    after = weights["base_model.model.model.embed_tokens.weight"]
+    assert after.dtype == torch.float32
+    assert 0 < (after - base).abs().max() < 3e-6  # bfloat16 could not hold it
+    assert ((after != base).float().mean()) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--method", "prefix"), "goes with --method lora, qlora or full, not with --method prefix"),
+        (("--method", "mixture"), "goes with --method lora, qlora or full, not with --method mixture"),
+        (("--target-modules", "q_proj,lm_head"), "--target-modules lm_head: --objective pretrain trains it whole."),
+        (("--embedding-learning-rate", 0), "--embedding-learning-rate is a positive number, not 0.0"),
+        (("--eval-file", "pairs.jsonl"), 'pairs.jsonl: --objective pretrain takes .txt files and lines'),
+    ],
+)  # fmt: skip
+def test_bad_pretraining_is_refused(
+    model_folder, pairs, texts, tmp_path, capsys, monkeypatch, options, message
+):
+    monkeypatch.chdir(tmp_path)
+    arguments = (
+        "--model",
+        model_folder,
+        "--data",
+        texts,
+        "--out",
+        "out",
+        "--objective",
+        "pretrain",
+        *options,
+    )
+    assert message in refusal(capsys, "train", *arguments)
+    assert not (tmp_path / "out").exists()
 
 
 # ---- mixtures of experts ----------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from peftfast.cli import bench, convert, demo, info, merge, plan, train
+from peftfast.cli import bench, compare, convert, demo, info, merge, plan, train
 from peftfast.cli.errors import UserError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 app.command("train")(train.command)
 app.command("demo")(demo.command)
 app.command("convert")(convert.command)
+app.command("compare")(compare.command)
 app.command("plan")(plan.command)
 app.command("merge")(merge.command)
 app.command("info")(info.command)

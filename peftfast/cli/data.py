@@ -131,7 +131,7 @@ def encode(records: list[dict], tokenizer, sequence_len: int) -> list[Example]:
     examples = []
     for record in records:
         if "text" in record:
-            examples += _encode_text(record["text"], tokenizer, sequence_len)
+            examples += _blocks(_closed_ids(record["text"], tokenizer), sequence_len)
         elif "messages" in record:
             examples.append(
                 _encode_parts(_chat_parts(record["messages"], tokenizer), tokenizer, sequence_len)
@@ -149,13 +149,39 @@ def encode(records: list[dict], tokenizer, sequence_len: int) -> list[Example]:
     return examples
 
 
+def pack(records: list[dict], tokenizer, sequence_len: int) -> list[Example]:
+    """Return {"text"} records, joined, as full blocks of `sequence_len` tokens; the last may be shorter.
+
+    The end-of-sequence token closes each text. As usual in pre-training, a block may hold several.
+
+    Raises:
+        UserError: of all texts no token is left to learn.
+    """
+    ids = [token for record in records for token in _closed_ids(record["text"], tokenizer)]
+    blocks = [block for block in _blocks(ids, sequence_len) if len(block.input_ids) > 1]
+    if records and not blocks:
+        raise UserError("the text is one token long: there is nothing to learn.")
+    return blocks
+
+
+def check_raw_text(path: Path, records: list[dict]) -> None:
+    """Raise UserError unless the records are raw text, as --objective pretrain takes it."""
+    if "text" not in records[0]:
+        raise UserError(
+            f'{path}: --objective pretrain takes .txt files and lines with "text", not {_quoted(records[0])}.'
+        )
+
+
 def _end(tokenizer) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
-def _encode_text(text: str, tokenizer, sequence_len: int) -> list[Example]:
-    """Cut a text, closed by the end-of-sequence token, into blocks."""
-    ids = tokenizer(text, verbose=False)["input_ids"] + _end(tokenizer)
+def _closed_ids(text: str, tokenizer) -> list[int]:
+    """Return a text's tokens and the end-of-sequence token."""
+    return tokenizer(text, verbose=False)["input_ids"] + _end(tokenizer)
+
+
+def _blocks(ids: list[int], sequence_len: int) -> list[Example]:
     blocks = [ids[start : start + sequence_len] for start in range(0, len(ids), sequence_len)]
     return [Example(block, list(block)) for block in blocks]
 
@@ -193,10 +219,8 @@ def _chat_parts(messages: list[dict], tokenizer) -> list[tuple[str, bool]]:
     return [*parts, (whole[position:], False)]
 
 
-def split(
-    examples: list[Example], share: float, seed: int, *, at_most: int
-) -> tuple[list[Example], list[Example]]:
-    """Return (training, held-out) examples, drawn at random.
+def split(examples: list, share: float, seed: int, *, at_most: int) -> tuple[list, list]:
+    """Return (training, held-out) examples or records, drawn at random.
 
     A `share` above 0 holds out at least one example and at most `at_most`; 0 holds out none.
     """

@@ -15,7 +15,7 @@ def recorded(model) -> Iterator:
         model: of PEFT; the experts are those of its mixture of LoRAs, if it has one, else its own.
     """
     from peftfast import ExpertProfile
-    from peftfast.cli.methods import experts_of
+    from peftfast.cli.experts import experts_of
     from peftfast.integrations.tuners.profile import recording
 
     if hasattr(model.base_model, "expert_load"):

@@ -1,26 +1,47 @@
-"""What `peftfast train` does to a model before it trains: 4 bits, adapters, routers, the load-balancing loss."""
+"""What `peftfast train` does to a model before it trains: 4 bits, and what its method trains."""
 
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from peftfast.cli.errors import UserError, first_sentence
-from peftfast.cli.settings import DTYPES, MIXTURE, PROFILE, QUANTIZATION, TrainSettings, option
+from peftfast.cli.experts import (
+    check_routers,
+    choice_of_experts,
+    experts_of,
+    in_layer,
+    router_aux_loss_coef,
+    routers_of,
+    target_parameters,
+)
+from peftfast.cli.settings import (
+    BOTTLENECK,
+    DTYPES,
+    LORAS,
+    MIXTURE,
+    PROMPTS,
+    QUANTIZATION,
+    TrainSettings,
+    option,
+)
+
+ALL_LINEAR = "all-linear"
+TASK = "CAUSAL_LM"
+VIRTUAL_TOKENS = 20
 
 
 @dataclass(frozen=True)
 class Adapted:
     """A model that is ready to train.
 
-    `experts` is what --experts came to, None for a dense model; `profile` the ExpertProfile by which experts were
-    chosen, if they were; `router_aux_loss_coef` weighs the routers' load-balancing loss, None if the training loss has
-    none; `notes` are sentences for the user.
+    `model` is of PEFT, unless the method is full. `experts` is what --experts came to, None for a dense model;
+    `profile` the ExpertProfile by which experts were chosen, if they were; `router_aux_loss_coef` weighs the routers'
+    load-balancing loss, None if the training loss has none; `notes` are sentences for the user.
     """
 
     model: object
@@ -31,145 +52,104 @@ class Adapted:
 
 
 def adapt(model, settings: TrainSettings, batches: Iterable[dict]) -> Adapted:
-    """Return `model` with the adapters of `settings`, on linear layers and experts, and its routers trained if told.
+    """Return `model` with what `settings.method` trains, and its routers and embeddings trained if told.
 
     Args:
         batches: model inputs from the training data, by which `--experts profile:` chooses.
     Raises:
         UserError: the model lacks what an option is about, or PEFT cannot adapt what it names.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
+
+    if settings.method == "full":
+        model.requires_grad_(True)
+        coefficient = router_aux_loss_coef(model, settings, trained=True)
+        return Adapted(model, "all" if experts_of(model) else None, None, coefficient, [])
+    if settings.method in LORAS:
+        config, choice, profile, coefficient, notes = _lora(model, settings, batches)
+    else:
+        config = _bottleneck(settings) if settings.method == "bottleneck" else _prompt(model, settings)
+        choice, profile, coefficient, notes = ("none" if experts_of(model) else None), None, None, []
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        at_fault = "method" if settings.method in ("mixture", *PROMPTS) else "target_modules"
+        if settings.method == "bottleneck" and settings.target_modules == ALL_LINEAR:
+            at_fault = "method"
+        raise UserError(
+            f"{option(at_fault)} {getattr(settings, at_fault)}: {first_sentence(error)}."
+        ) from error
+    if settings.objective == "pretrain":
+        _check_tie(adapted)
+    _train_in_float32(adapted)
+    return Adapted(adapted, choice, profile, coefficient, notes)
+
+
+def before_training(model) -> contextlib.AbstractContextManager:
+    """Have the model answer as it did without its adapters inside the block, where untrained ones change it."""
+    if getattr(model, "_is_prompt_learning", False):
+        return model.disable_adapter()
+    return contextlib.nullcontext()
+
+
+def _configure(kind: Callable, settings: TrainSettings, options: dict):
+    try:
+        return kind(**options)
+    except ValueError as error:
+        raise UserError(f"--method {settings.method}: {first_sentence(error)}.") from error
+
+
+def _given(settings: TrainSettings, names: dict[str, str]) -> dict:
+    """Return the options that are not left to their configuration, by its arguments."""
+    values = {argument: getattr(settings, name) for argument, name in names.items()}
+    return {argument: value for argument, value in values.items() if value is not None}
+
+
+# ---- LoRA -------------------------------------------------------------------------------------------------
+
+
+def _lora(model, settings: TrainSettings, batches: Iterable[dict]) -> tuple:
+    """Return the configuration, and of Adapted what follows the model."""
+    from peft import LoraConfig
 
     import peftfast
 
     experts, routers, notes = experts_of(model), routers_of(model), []
-    choice = _choice_of_experts(settings, experts)
+    choice = choice_of_experts(settings, experts)
+    whole = {}  # modules trained as they are
     if settings.router == "train":
-        _check_routers(model, routers)
-    coefficient = None  # a mixture's own routers are its configuration's affair
-    if settings.method != "mixture":
-        coefficient = _router_aux_loss_coef(model, settings, trained=choice not in (None, "none"))
+        check_routers(model, routers)
+        whole |= routers
+    tied = False
+    if settings.objective == "pretrain":
+        embeddings, tied = _embeddings(model, settings)
+        whole |= embeddings
     options = dict(
-        task_type="CAUSAL_LM",
+        task_type=TASK,
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=_target_modules(model, settings, routers, notes),
-        modules_to_save=_suffixes(model, routers) if settings.router == "train" else None,
+        modules_to_save=_suffixes(model, whole) if whole else None,
+        ensure_weight_tying=tied,
     )
     profile = None
     if settings.method == "mixture":
-        given = {argument: getattr(settings, name) for argument, name in MIXTURE.items()}
-        given |= {"router_aux_loss_coef": settings.router_aux_loss_coef}
-        options |= {argument: value for argument, value in given.items() if value is not None}
-        kind = peftfast.MixtureLoraConfig
-    elif settings.expert_share is not None:
+        options |= _given(settings, MIXTURE | {"router_aux_loss_coef": "router_aux_loss_coef"})
+        config = _configure(peftfast.MixtureLoraConfig, settings, options)
+        return config, choice, profile, config.router_aux_loss_coef, notes
+    coefficient = router_aux_loss_coef(model, settings, trained=choice not in (None, "none"))
+    kind = LoraConfig
+    if settings.expert_share is not None:
         try:
             profile = peftfast.profile_experts(model, batches)
             options["experts"] = profile.top_share(settings.expert_share)
         except ValueError as error:
             raise UserError(f"--experts {settings.experts}: {first_sentence(error)}.") from error
         kind = peftfast.ExpertLoraConfig
-    else:
-        if choice == "all":
-            options["target_parameters"] = _target_parameters(experts)
-        kind = LoraConfig
-    try:
-        config = kind(**options)
-    except ValueError as error:
-        raise UserError(f"--method {settings.method}: {first_sentence(error)}.") from error
-    try:
-        adapted = get_peft_model(model, config)
-    except ValueError as error:
-        at_fault = "method" if settings.method == "mixture" else "target_modules"
-        raise UserError(
-            f"{option(at_fault)} {getattr(settings, at_fault)}: {first_sentence(error)}."
-        ) from error
-    if settings.router == "train":
-        _train_in_float32(adapted)
-    if settings.method == "mixture":
-        coefficient = config.router_aux_loss_coef
-    return Adapted(adapted, choice, profile, coefficient, notes)
-
-
-# ---- experts and routers ----------------------------------------------------------------------------------
-
-
-def experts_of(model) -> dict:
-    """Return the modules of experts that transformers dispatches, by name; a dense model has none."""
-    from peftfast.integrations.experts import holds_experts
-
-    return {name: module for name, module in model.named_modules() if holds_experts(module)}
-
-
-def routers_of(model) -> dict:
-    """Return the modules whose output transformers records as router logits, by name.
-
-    Not those that hold experts: some architectures record the logits of a whole block.
-    """
-    from transformers.utils.output_capturing import OutputRecorder
-
-    recorders = []
-    for module in model.modules():
-        of_class = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
-        recorders += of_class if isinstance(of_class, list) else [of_class]
-    classes = tuple({recorder.target_class for recorder in recorders if isinstance(recorder, OutputRecorder)})
-    experts = experts_of(model)
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, classes) and not any(inner.startswith(f"{name}.") for inner in experts)
-    }
-
-
-def _check_routers(model, routers: dict) -> None:
-    """Refuse to train routers that are not there, or that loading has put into 4 bits."""
-    if not routers:
-        raise UserError(f"--router train: a {type(model).__name__} has no routers that transformers names.")
-    for name, router in routers.items():
-        if not all(weight.is_floating_point() for weight in router.parameters()):
-            raise UserError(f"--router train: {name} is in 4 bits.")
-
-
-def _choice_of_experts(settings: TrainSettings, experts: dict) -> str | None:
-    if not experts:
-        if settings.experts not in (None, "none"):
-            raise UserError(
-                f"--experts {settings.experts}: the model has no experts that transformers dispatches."
-            )
-        return None
-    choice = settings.experts or ("none" if settings.method == "mixture" else "all")
-    if choice == "all" and settings.lora_dropout:
-        raise UserError(
-            f"--lora-dropout {settings.lora_dropout}: PEFT has no dropout on experts; "
-            f"--experts {PROFILE}1, peftfast's own adapters on all of them, has."
-        )
-    return choice
-
-
-def _target_parameters(experts: dict) -> list[str]:
-    """Return the experts' projections as PEFT's target_parameters."""
-    from peftfast.integrations.experts import projections
-
-    return sorted(
-        {
-            f"{_in_layer(name)}.{parameter}"
-            for name, module in experts.items()
-            for parameter in projections(module)
-        }
-    )
-
-
-def _suffixes(model, modules: dict) -> list[str]:
-    """Return names by whose ends PEFT finds `modules` and no others; without the layer, where that will do."""
-    short = sorted({_in_layer(name) for name in modules})
-    found = {name for name, _ in model.named_modules() if name.endswith(tuple(short))}
-    return short if found == set(modules) else sorted(modules)
-
-
-def _in_layer(name: str) -> str:
-    """Return what follows the number of the layer: mlp.gate of model.layers.0.mlp.gate."""
-    return re.split(r"\.\d+\.", name)[-1]
+    elif choice == "all":
+        options["target_parameters"] = target_parameters(experts)
+    return _configure(kind, settings, options), choice, profile, coefficient, notes
 
 
 def _target_modules(model, settings: TrainSettings, routers: dict, notes: list[str]) -> str | list[str]:
@@ -186,8 +166,8 @@ def _target_modules(model, settings: TrainSettings, routers: dict, notes: list[s
     text = settings.target_modules
     named = [name.strip() for name in text.split(",")]
     if not experts_of(model):
-        return text if text == "all-linear" else named
-    if text == "all-linear":
+        return text if text == ALL_LINEAR else named
+    if text == ALL_LINEAR:
         linear = _maybe_include_all_linear_layers(LoraConfig(target_modules=text), model).target_modules
         named = [
             name
@@ -207,7 +187,7 @@ def _target_modules(model, settings: TrainSettings, routers: dict, notes: list[s
     if not taken:
         return named
     listed = ", ".join(sorted(taken))
-    if text != "all-linear":
+    if text != ALL_LINEAR:
         raise UserError(
             f"--target-modules {listed}: in a {model.config.model_type} PEFT takes that for the experts or the "
             "router, about which --experts and --router decide."
@@ -219,74 +199,118 @@ def _target_modules(model, settings: TrainSettings, routers: dict, notes: list[s
     return [name for name in named if name.rpartition(".")[2] not in taken]
 
 
-def _train_in_float32(model) -> None:
-    """Keep the trained copies of routers in float32: their small updates would be lost in bfloat16.
+def _suffixes(model, modules: dict) -> list[str]:
+    """Return names by whose ends PEFT finds `modules` and no others; without the layer, where that will do."""
+    short = sorted({in_layer(name) for name in modules})
+    found = {name for name, _ in model.named_modules() if name.endswith(tuple(short))}
+    return short if found == set(modules) else sorted(modules)
 
-    PEFT trains such copies whole (modules_to_save) instead of by a low-rank update, which has hardly fewer numbers: a
-    router has one row per expert. transformers' recording of the router's logits knows a router by its class and
+
+def _train_in_float32(model) -> None:
+    """Keep the trained copies of routers and embeddings in float32: small updates would be lost in bfloat16.
+
+    PEFT trains such copies whole (modules_to_save) instead of by a low-rank update, which has hardly fewer numbers for
+    a router: it has one row per expert. transformers' recording of the router's logits knows a router by its class and
     finds the copy; the experts run on their usual path, as the router is a module of its own.
     """
     import torch
     from peft.utils import ModulesToSaveWrapper
 
-    def cast(module, args, kwargs):
-        def as_float32(value):
-            return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+    def as_float32(value):
+        return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
+    def cast(module, args, kwargs):
         return tuple(map(as_float32, args)), {name: as_float32(value) for name, value in kwargs.items()}
 
     for wrapper in model.modules():
-        if isinstance(wrapper, ModulesToSaveWrapper):
-            for router in wrapper.modules_to_save.values():
-                if next(router.parameters()).dtype != torch.float32:
-                    router.float().register_forward_pre_hook(cast, with_kwargs=True)
+        if not isinstance(wrapper, ModulesToSaveWrapper):
+            continue
+        dtype = next(wrapper.original_module.parameters()).dtype
+        if dtype == torch.float32:
+            continue
+        for copy in wrapper.modules_to_save.values():
+            copy.float().register_forward_pre_hook(cast, with_kwargs=True)
+            if isinstance(wrapper.original_module, torch.nn.Embedding):  # all layers go on from its output
+                copy.register_forward_hook(lambda module, args, output, dtype=dtype: output.to(dtype))
 
 
-# ---- the load-balancing loss ------------------------------------------------------------------------------
+# ---- embeddings and output head -----------------------------------------------------------------------------
 
 
-def _router_aux_loss_coef(model, settings: TrainSettings, trained: bool) -> float | None:
-    """Return the weight of the load-balancing loss of the model's own routers; None: it stays out."""
-    asked = settings.router_aux_loss_coef
-    offered = "output_router_logits" in inspect.signature(type(model).forward).parameters
-    if not (offered and hasattr(model, "router_aux_loss_coef")):
-        if asked is not None:
-            raise UserError(
-                f"--router-aux-loss-coef: a {type(model).__name__} of transformers computes no load-balancing loss."
-            )
-        return None
-    if asked is None and (trained or settings.router == "train"):
-        return model.router_aux_loss_coef
-    return asked
+def embeddings_of(model) -> dict:
+    """Return the input embeddings and the output head, by name; of a model of PEFT, where it trains its copies."""
+    found = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {name: module for name, module in model.named_modules() if module in found}
 
 
-@contextlib.contextmanager
-def balanced(adapted: Adapted, accumulation: int) -> Iterator[None]:
-    """Have the model's loss comprise the load-balancing loss inside the block, as the settings say.
+def _embeddings(model, settings: TrainSettings) -> tuple[dict, bool]:
+    """Return the embeddings and head to train, and whether they are one weight."""
+    embeddings = embeddings_of(model)
+    for name, module in embeddings.items():
+        if not module.weight.is_floating_point():
+            raise UserError(f"--objective pretrain: {name}, which it trains, is in 4 bits.")
+    for name in settings.target_modules.split(","):
+        if any(f".{place}".endswith(f".{name.strip()}") for place in embeddings):
+            raise UserError(f"--target-modules {name.strip()}: --objective pretrain trains it whole.")
+    weights = {module.weight for module in embeddings.values()}
+    return embeddings, len(embeddings) > len(weights)
 
-    Args:
-        accumulation: losses that are added up for one optimizer step, of each of which the model adds it once.
+
+def _check_tie(model) -> None:
+    """Refuse a model whose tied weights PEFT would train as two."""
+    base = model.get_base_model()
+    wrappers = embeddings_of(base).values()
+    originals = {wrapper.original_module.weight for wrapper in wrappers}
+    if len({wrapper.weight for wrapper in wrappers}) > len(originals):
+        raise UserError(
+            f"--objective pretrain: PEFT cannot train the tied embeddings of a {type(base).__name__} as one weight; "
+            "--method full can."
+        )
+
+
+# ---- bottleneck adapters and prompts ------------------------------------------------------------------------
+
+
+def _bottleneck(settings: TrainSettings):
+    import peftfast
+
+    options = {"task_type": TASK} | _given(settings, BOTTLENECK)
+    if settings.target_modules != ALL_LINEAR:
+        options["target_modules"] = [name.strip() for name in settings.target_modules.split(",")]
+    return _configure(peftfast.BottleneckConfig, settings, options)
+
+
+def _prompt(model, settings: TrainSettings):
+    """Return the configuration of a prefix or prompt of virtual tokens.
+
+    A prompt starts from embeddings of tokens, as Lester et al., The Power of Scale for Parameter-Efficient Prompt
+    Tuning, EMNLP 2021, found better than from random numbers.
     """
-    if not adapted.router_aux_loss_coef:
-        yield
-        return
-    base, config = adapted.model.get_base_model(), adapted.model.active_peft_config
-    coefficient = adapted.router_aux_loss_coef / accumulation
-    if hasattr(config, "router_aux_loss_coef"):  # a mixture's own routers
-        changes = [(config, "router_aux_loss_coef", coefficient)]
-    else:
-        changes = [(base, "router_aux_loss_coef", coefficient), (base.config, "output_router_logits", True)]
-    before = [(holder, name, getattr(holder, name)) for holder, name, _ in changes]
-    try:
-        for change in changes:
-            setattr(*change)
-        yield
-    finally:
-        for change in before:
-            setattr(*change)
+    from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, PromptTuningInit
+
+    options = dict(task_type=TASK, num_virtual_tokens=settings.num_virtual_tokens or VIRTUAL_TOKENS)
+    if settings.encoder_hidden_size is not None:
+        options["encoder_hidden_size"] = settings.encoder_hidden_size
+    if settings.method == "p-tuning":
+        return PromptEncoderConfig(**options)
+    if settings.method == "prefix":
+        return PrefixTuningConfig(**options, prefix_projection=settings.encoder_hidden_size is not None)
+    if settings.prompt_init_text is None:
+        return PromptTuningConfig(**options, prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB)
+    return PromptTuningConfig(
+        **options,
+        prompt_tuning_init=PromptTuningInit.TEXT,
+        prompt_tuning_init_text=settings.prompt_init_text,
+        tokenizer_name_or_path=str(Path(settings.model).expanduser()),
+    )
 
 
 # ---- 4 bits -----------------------------------------------------------------------------------------------
+
+
+def weights_dtype(settings: TrainSettings) -> str:
+    """Return torch's name of the weights' dtype: float32 if they are trained, since bf16 would lose small updates."""
+    return DTYPES["fp32" if settings.method == "full" else settings.dtype]
 
 
 def four_bit_config(settings: TrainSettings):
@@ -295,9 +319,7 @@ def four_bit_config(settings: TrainSettings):
         return None
     from peftfast import FourBitConfig
 
-    given = {argument: getattr(settings, name) for argument, name in QUANTIZATION.items()}
-    given = {argument: value for argument, value in given.items() if value is not None}
-    return FourBitConfig(**given, compute_dtype=DTYPES[settings.dtype])
+    return FourBitConfig(**_given(settings, QUANTIZATION), compute_dtype=DTYPES[settings.dtype])
 
 
 def check_quantization(settings: TrainSettings, model) -> None:

@@ -10,17 +10,49 @@ from typing import Annotated
 
 from typer import Option
 
-from peftfast.cli.errors import UserError
+from peftfast.cli.errors import MethodError, UserError
 from peftfast.reference import FOURBIT_BLOCKSIZES, FOURBIT_CODEBOOKS
 
-METHODS = ("lora", "qlora", "mixture")
+LORAS = ("lora", "qlora", "mixture")
+PROMPTS = ("prefix", "prompt", "p-tuning")
+METHODS = (*LORAS, "bottleneck", *PROMPTS, "full")
+OBJECTIVES = ("fine-tune", "pretrain")
+PRETRAINED = ("lora", "qlora", "full")  # the methods of --objective pretrain
 BACKENDS = ("peftfast", "peft")
 ROUTERS = ("freeze", "train")
 PROFILE = "profile:"  # of --experts: what comes before the share
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-# Options of --method qlora, by the argument of FourBitConfig, and of --method mixture, by that of MixtureLoraConfig.
+# Options by the argument of the configuration that they go to: FourBitConfig, MixtureLoraConfig, BottleneckConfig.
 QUANTIZATION = {"quant_type": "quant_type", "blocksize": "blocksize", "nested": "double_quant"}
 MIXTURE = {"num_experts": "mixture_experts", "top_k": "mixture_top_k"}
+BOTTLENECK = {
+    "placement": "bottleneck_placement",
+    "bottleneck_size": "bottleneck_size",
+    "scaling": "bottleneck_scaling",
+}
+PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
+# The options that not every method has.
+METHODS_WITH = {
+    **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "experts", "router"), LORAS),
+    "target_modules": (*LORAS, "bottleneck"),
+    "router_aux_loss_coef": (*LORAS, "full"),
+    **dict.fromkeys(QUANTIZATION.values(), ("qlora",)),
+    **dict.fromkeys(MIXTURE.values(), ("mixture",)),
+    **dict.fromkeys(BOTTLENECK.values(), ("bottleneck",)),
+    "num_virtual_tokens": PROMPTS,
+    "prompt_init_text": ("prompt",),
+    "encoder_hidden_size": ("prefix", "p-tuning"),
+}
+# Usual ones; the fewer numbers a method trains, the more each has to move.
+LEARNING_RATES = {
+    **dict.fromkeys(LORAS, 2e-4),
+    "bottleneck": 5e-4,
+    "prefix": 1e-2,
+    "prompt": 3e-2,
+    "p-tuning": 3e-3,
+    "full": 2e-5,
+}
+EMBEDDING_SHARE = 0.1  # of the learning rate, beside adapters
 
 
 @dataclass(frozen=True)
@@ -34,7 +66,20 @@ class TrainSettings:
     model: Annotated[str, Option(help="A model folder, or the name of a model on the hub.")]
     data: Annotated[Path, Option(help="Training data: .jsonl or .txt.")]
     out: Annotated[Path, Option(help="The folder that receives the adapter; must not exist or be empty.")]
-    method: Annotated[str, Option(help="lora; qlora: on a model in 4 bits; mixture: routed LoRAs.")] = "lora"
+    method: Annotated[
+        str,
+        Option(
+            help="lora; qlora: on a model in 4 bits; mixture: routed LoRAs; bottleneck: adapters; prefix, prompt, "
+            "p-tuning: virtual tokens; full: every weight of the model."
+        ),
+    ] = "lora"
+    objective: Annotated[
+        str,
+        Option(
+            help="fine-tune; or pretrain on raw text: documents are joined, each closed by the end-of-sequence token, "
+            "and cut into full blocks, and with adapters (lora, qlora) embeddings and output head are trained too."
+        ),
+    ] = "fine-tune"
     backend: Annotated[str, Option(help="peftfast, or peft for PEFT's own forwards.")] = "peftfast"
     lora_r: Annotated[int, Option(help="Rank of the adapters.")] = 16
     lora_alpha: Annotated[float, Option(help="Adapters are scaled by lora_alpha / lora_r.")] = 32
@@ -51,13 +96,50 @@ class TrainSettings:
     ] = None
     mixture_experts: Annotated[int | None, Option(help="mixture: LoRAs to a layer.")] = None
     mixture_top_k: Annotated[int | None, Option(help="mixture: LoRAs to a token.")] = None
-    learning_rate: Annotated[float, Option(help="Peak of a linear schedule with 3 % warmup.")] = 2e-4
+    bottleneck_placement: Annotated[
+        str | None, Option(help="bottleneck: pfeiffer, the default, houlsby or parallel.")
+    ] = None
+    bottleneck_size: Annotated[
+        int | None, Option(help="bottleneck: its features; by default a 16th of the model's.")
+    ] = None
+    bottleneck_scaling: Annotated[float | None, Option(help="bottleneck: factor; by default 1.")] = None
+    num_virtual_tokens: Annotated[
+        int | None, Option(help="prefix, prompt, p-tuning: virtual tokens; by default 20.")
+    ] = None
+    prompt_init_text: Annotated[
+        str | None, Option(help="prompt: text to start from; by default tokens drawn from the vocabulary.")
+    ] = None
+    encoder_hidden_size: Annotated[
+        int | None,
+        Option(
+            help="p-tuning: width of the prompt's encoder, by default the model's; prefix: of a projection of it, "
+            "by default there is none."
+        ),
+    ] = None
+    learning_rate: Annotated[
+        float | None,
+        Option(
+            help="Peak of a linear schedule with 3 % warmup; by default that of the method: "
+            + ", ".join(f"{name} {rate:g}" for name, rate in LEARNING_RATES.items())
+            + "."
+        ),
+    ] = None
+    embedding_learning_rate: Annotated[
+        float | None,
+        Option(
+            help="pretrain: that of embeddings and output head; beside adapters a tenth of theirs by default "
+            "(a half to a tenth is usual), with full the same."
+        ),
+    ] = None
     epochs: Annotated[float, Option(help="Passes over the training data.")] = 3.0
     max_steps: Annotated[int | None, Option(help="Optimizer steps; overrides --epochs.")] = None
     micro_batch_size: Annotated[int, Option(help="Sequences per forward pass.")] = 8
     gradient_accumulation_steps: Annotated[int, Option(help="Forward passes per optimizer step.")] = 1
     sequence_len: Annotated[int, Option(help="Tokens per sequence, at most.")] = 1024
-    dtype: Annotated[str, Option(help="Of the frozen model and its products: fp32 or bf16.")] = "fp32"
+    dtype: Annotated[
+        str,
+        Option(help="Of the frozen model and its products, with full of the products alone: fp32 or bf16."),
+    ] = "fp32"
     quant_type: Annotated[str | None, Option(help="qlora: nf4, the default, or fp4.")] = None
     blocksize: Annotated[int | None, Option(help="qlora: weights that share a scale; by default 64.")] = None
     double_quant: Annotated[
@@ -74,26 +156,31 @@ class TrainSettings:
     def __post_init__(self) -> None:
         for name, choices in {
             "method": METHODS,
+            "objective": OBJECTIVES,
             "backend": BACKENDS,
             "router": ROUTERS,
             "dtype": DTYPES,
             "quant_type": (None, *FOURBIT_CODEBOOKS),
             "blocksize": (None, *FOURBIT_BLOCKSIZES),
+            "bottleneck_placement": (None, *PLACEMENTS),
         }.items():
             value = getattr(self, name)
             if value not in choices:
-                listed = ", ".join(str(choice) for choice in choices if choice is not None)
-                raise UserError(f"{option(name)} is one of {listed}, not {value!r}.")
-        for method, names in {"qlora": QUANTIZATION.values(), "mixture": MIXTURE.values()}.items():
-            for name in names:
-                if self.method != method and getattr(self, name) is not None:
-                    raise UserError(
-                        f"{option(name)} goes with --method {method}, not with --method {self.method}."
-                    )
+                names = ", ".join(str(choice) for choice in choices if choice is not None)
+                raise UserError(f"{option(name)} is one of {names}, not {value!r}.")
+        for name in self.given():
+            methods = METHODS_WITH.get(name, METHODS)
+            if self.method not in methods:
+                raise UserError(
+                    f"{option(name)} goes with --method {listed(methods)}, not with --method {self.method}."
+                )
         for name, minimum in {
             "lora_r": 1,
             "mixture_experts": 2,
             "mixture_top_k": 1,
+            "bottleneck_size": 1,
+            "num_virtual_tokens": 1,
+            "encoder_hidden_size": 1,
             "micro_batch_size": 1,
             "gradient_accumulation_steps": 1,
             "sequence_len": 2,
@@ -104,9 +191,11 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise UserError(f"{option(name)} is at least {minimum}, not {value}.")
-        for name in ("lora_alpha", "learning_rate", "epochs"):
+        for name in (
+            *("lora_alpha", "learning_rate", "embedding_learning_rate", "epochs", "bottleneck_scaling"),
+        ):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
+            if value is not None and not (math.isfinite(value) and value > 0):
                 raise UserError(f"{option(name)} is a positive number, not {value}.")
         for name in ("lora_dropout", "eval_share"):
             value = getattr(self, name)
@@ -115,7 +204,10 @@ class TrainSettings:
         value = self.router_aux_loss_coef
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise UserError(f"--router-aux-loss-coef is a number of at least 0, not {value}.")
+        if self.prompt_init_text is not None and not self.prompt_init_text.strip():
+            raise UserError("--prompt-init-text is empty.")
         self._check_experts()
+        self._check_objective()
 
     def _check_experts(self) -> None:
         if self.experts not in (None, "all", "none") and self.expert_share is None:
@@ -124,10 +216,27 @@ class TrainSettings:
                 f"not {self.experts!r}."
             )
         if self.method == "mixture" and self.experts not in (None, "none"):
-            raise UserError("--method mixture adapts linear layers alone: it goes with --experts none.")
-        if self.backend == "peft" and (self.method == "mixture" or self.expert_share is not None):
-            what = "--method mixture" if self.method == "mixture" else f"--experts {self.experts}"
-            raise UserError(f"PEFT has no such adapters: {what} goes with --backend peftfast.")
+            raise MethodError("--method mixture adapts linear layers alone: it goes with --experts none.")
+        own = self.method in ("mixture", "bottleneck")
+        if self.backend == "peft" and (own or self.expert_share is not None):
+            what = f"--method {self.method}" if own else f"--experts {self.experts}"
+            raise MethodError(f"PEFT has no such adapters: {what} goes with --backend peftfast.")
+
+    def _check_objective(self) -> None:
+        if self.objective != "pretrain":
+            if self.embedding_learning_rate is not None:
+                raise UserError("--embedding-learning-rate goes with --objective pretrain.")
+        elif self.method not in PRETRAINED:
+            raise UserError(
+                f"--objective pretrain goes with --method {listed(PRETRAINED)}, not with --method {self.method}."
+            )
+
+    @property
+    def learning_rates(self) -> tuple[float, float]:
+        """The peak learning rates of what the method trains, and of embeddings and output head."""
+        rate = self.learning_rate or LEARNING_RATES[self.method]
+        share = EMBEDDING_SHARE if self.method != "full" else 1
+        return rate, self.embedding_learning_rate or share * rate
 
     @property
     def expert_share(self) -> float | None:
@@ -139,20 +248,29 @@ class TrainSettings:
                 return share
         return None
 
+    def given(self) -> dict:
+        """Return the settings that differ from their defaults."""
+        values = {
+            field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)
+        }
+        return {name: value for name, (value, default) in values.items() if value != default}
+
     def to_arguments(self) -> list[str]:
         """Return the settings that differ from their defaults as arguments of `peftfast train`."""
         arguments = []
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value == field.default:
-                continue
+        for name, value in self.given().items():
             if isinstance(value, bool):
-                arguments.append(option(field.name if value else f"no_{field.name}"))
+                arguments.append(option(name if value else f"no_{name}"))
             else:
-                arguments += [option(field.name), str(value)]
+                arguments += [option(name), str(value)]
         return arguments
 
 
 def option(name: str) -> str:
     """Return how a field is spelled on the command line."""
     return "--" + name.replace("_", "-")
+
+
+def listed(choices: tuple[str, ...]) -> str:
+    """Return choices as text: a, b or c."""
+    return " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))

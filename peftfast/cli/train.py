@@ -25,6 +25,7 @@ from rich.table import Table
 from peftfast.cli import data, methods
 from peftfast.cli.answer import answer
 from peftfast.cli.errors import UserError, first_sentence
+from peftfast.cli.experts import balanced, experts_of
 from peftfast.cli.load import describe, expert_load, recorded
 from peftfast.cli.model import is_local_model, load_model, load_tokenizer
 from peftfast.cli.settings import DTYPES, TrainSettings
@@ -57,10 +58,13 @@ class TrainResult:
     are kept in 4 bits, as arguments of FourBitConfig, None if they are not, and `quantized` counts these weights.
     `experts` is which experts have adapters, None in a dense model; `router_aux_loss_coef` weighs the load-balancing
     loss in the training loss, None if it is not in it; `expert_load` is peftfast.cli.load.expert_load of the run.
+    `trainable_share` is that of the parameters in the trained model; `learning_rates` are the peaks of "method" and of
+    "embeddings", where these are trained. `gradient_bytes` and `optimizer_bytes` are held when a step is taken,
+    `saved_bytes` are those of the weights on disk.
     `seconds` is the time of training alone, without loading and evaluation; `tokens` counts those of the
     training sequences, without padding; `peak_memory_mib` is the process's largest resident set while it
     trained (on a GPU: the largest amount allocated there); `losses` holds [step, training loss] pairs;
-    `report` is what `peftfast.report` says of the model, empty if the backend is peft.
+    `report` is what `peftfast.report` says of the model, empty if the backend is peft or there are no adapters.
     """
 
     settings: dict
@@ -72,6 +76,11 @@ class TrainResult:
     router_aux_loss_coef: float | None
     expert_load: dict[str, dict] | None
     trainable_parameters: int
+    trainable_share: float
+    learning_rates: dict[str, float]
+    gradient_bytes: int
+    optimizer_bytes: int
+    saved_bytes: int
     examples: int
     held_out_examples: int
     before: Evaluation | None
@@ -103,6 +112,10 @@ def train(settings: TrainSettings, console: Console | None = None) -> TrainResul
     check_output(settings)
     records = data.read_records(settings.data)
     held_out_records = data.read_records(settings.eval_file) if settings.eval_file else None
+    if settings.objective == "pretrain":
+        data.check_raw_text(settings.data, records)
+        if held_out_records:
+            data.check_raw_text(settings.eval_file, held_out_records)
     local = is_local_model(settings.model)
 
     import huggingface_hub
@@ -113,17 +126,29 @@ def train(settings: TrainSettings, console: Console | None = None) -> TrainResul
     transformers.logging.disable_progress_bar()
     with console.status("Loading the model"):
         tokenizer = load_tokenizer(settings.model, local)
-        examples = data.encode(records, tokenizer, settings.sequence_len)
-        if held_out_records:
-            held_out = data.encode(held_out_records, tokenizer, settings.sequence_len)
-            held_out = held_out[: settings.max_eval_examples]
-        else:
-            examples, held_out = data.split(
-                examples, settings.eval_share, settings.seed, at_most=settings.max_eval_examples
-            )
-        model = load_model(settings.model, DTYPES[settings.dtype], local, methods.four_bit_config(settings))
+        examples, held_out = _examples(settings, tokenizer, records, held_out_records)
+        model = load_model(
+            settings.model, methods.weights_dtype(settings), local, methods.four_bit_config(settings)
+        )
         methods.check_quantization(settings, model)
     return _fine_tune(settings, console, model, tokenizer, examples, held_out)
+
+
+def _examples(settings: TrainSettings, tokenizer, records, held_out_records) -> tuple[list, list]:
+    """Return the training and the held-out examples."""
+    pretrain = settings.objective == "pretrain"
+    encode = data.pack if pretrain else data.encode
+
+    def split(examples: list) -> tuple[list, list]:
+        return data.split(examples, settings.eval_share, settings.seed, at_most=settings.max_eval_examples)
+
+    if held_out_records is None and pretrain and len(records) > 1:
+        records, held_out_records = split(records)  # whole documents are held out
+    examples = encode(records, tokenizer, settings.sequence_len)
+    if held_out_records is None:
+        return split(examples)
+    held_out = encode(held_out_records, tokenizer, settings.sequence_len)
+    return examples, held_out[: settings.max_eval_examples]
 
 
 def _fine_tune(
@@ -150,13 +175,16 @@ def _fine_tune(
             )
         model = adapted.model
         folder = stack.enter_context(_folder_written_at_once(settings))
+        memory = _optimizer_memory()
         trainer = _build_trainer(settings, model, tokenizer, examples, str(folder), console)
-        before, _ = _evaluate(trainer, tokenizer, held_out, console)
+        trainer.add_callback(memory)
+        with methods.before_training(model):
+            before, _ = _evaluate(trainer, tokenizer, held_out, console)
         _reset_peak_memory()
         started = time.perf_counter()
         # Where the model's loss is already that of an optimizer step, each of its parts adds the balancing loss whole.
         accumulation = settings.gradient_accumulation_steps if trainer.model_accepts_loss_kwargs else 1
-        with recorded(model) as load, methods.balanced(adapted, accumulation):
+        with recorded(model) as load, balanced(adapted, accumulation):
             try:
                 trainer.train()
             except ValueError as error:  # of routing weights, before there is a loss
@@ -171,7 +199,9 @@ def _fine_tune(
         if not all(math.isfinite(loss) for _, loss in losses):
             raise _diverged(settings, "the loss is not finite")
         after, answers = _evaluate(trainer, tokenizer, held_out, console)
-        trainable, _ = model.get_nb_trainable_parameters()
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        trainable, held = sum(weight.numel() for weight in trained), methods.base_size(model)[0]
+        _save(model, settings, folder)
         result = TrainResult(
             settings=dataclasses.asdict(settings),
             parameters=parameters,
@@ -182,6 +212,11 @@ def _fine_tune(
             router_aux_loss_coef=adapted.router_aux_loss_coef,
             expert_load=None if load is None else expert_load(load),
             trainable_parameters=trainable,
+            trainable_share=trainable / held,
+            learning_rates=dict(zip(("method", "embeddings"), settings.learning_rates)),
+            gradient_bytes=memory.gradient_bytes,
+            optimizer_bytes=memory.optimizer_bytes,
+            saved_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
             examples=len(examples),
             held_out_examples=len(held_out),
             before=before,
@@ -192,11 +227,10 @@ def _fine_tune(
             tokens_per_second=trainer.state.num_input_tokens_seen / seconds,
             peak_memory_mib=peak_memory,
             losses=losses,
-            report=_report(model) if settings.backend == "peftfast" else "",
+            report=_report(model) if settings.backend == "peftfast" and settings.method != "full" else "",
             versions={"python": platform.python_version()}
             | {name: version(name) for name in ("torch", "transformers", "peft")},
         )
-        model.save_pretrained(folder)
         if adapted.profile is not None:
             adapted.profile.save(folder / PROFILE_FILE)
             _plot(adapted.profile, folder / "expert_profile.png")
@@ -213,7 +247,15 @@ def _fine_tune(
 
 
 def _diverged(settings: TrainSettings, sign: str) -> UserError:
-    return UserError(f"training diverged ({sign}): lower --learning-rate {settings.learning_rate}.")
+    return UserError(f"training diverged ({sign}): lower --learning-rate {settings.learning_rates[0]}.")
+
+
+def _save(model, settings: TrainSettings, folder: Path) -> None:
+    import torch
+
+    if settings.method == "full":
+        model.to(getattr(torch, DTYPES[settings.dtype]))
+    model.save_pretrained(folder)
 
 
 @contextlib.contextmanager
@@ -224,7 +266,7 @@ def _backend(name: str, model) -> Iterator[None]:
         return
     import peftfast
 
-    if methods.experts_of(model):
+    if experts_of(model):
         model.set_experts_implementation("peftfast")
     with peftfast.enabled():
         yield
@@ -264,6 +306,7 @@ def _build_trainer(settings: TrainSettings, model, tokenizer, examples, folder: 
             math.ceil(len(examples) / settings.micro_batch_size) / settings.gradient_accumulation_steps
         )
     )
+    autocast = settings.method == "full" and settings.dtype == "bf16"
     arguments = TrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=settings.micro_batch_size,
@@ -271,7 +314,9 @@ def _build_trainer(settings: TrainSettings, model, tokenizer, examples, folder: 
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
-        learning_rate=settings.learning_rate,
+        learning_rate=settings.learning_rates[0],
+        bf16=autocast,
+        use_cpu=autocast and not torch.accelerator.is_available(),
         warmup_steps=math.ceil(0.03 * steps),
         logging_steps=max(1, steps // 50),
         logging_nan_inf_filter=False,
@@ -291,9 +336,28 @@ def _build_trainer(settings: TrainSettings, model, tokenizer, examples, folder: 
         train_dataset=_as_rows(examples),
         data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8),
         callbacks=[_progress_callback(console)],
+        optimizers=(_optimizer(settings, model, arguments), None),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _optimizer(settings: TrainSettings, model, arguments):
+    """Return the Trainer's optimizer with the embeddings' own learning rate; None where they have none."""
+    from transformers import Trainer
+
+    if settings.objective != "pretrain":
+        return None
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    rate, embedding_rate = settings.learning_rates
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    embeddings = {weight for module in methods.embeddings_of(base).values() for weight in module.parameters()}
+    groups = [
+        {"params": [weight for weight in trained if weight not in embeddings], "lr": rate},
+        {"params": [weight for weight in trained if weight in embeddings], "lr": embedding_rate},
+    ]
+    return kind(groups, **options)
 
 
 def _as_rows(examples: list[data.Example]) -> list[dict]:
@@ -338,6 +402,27 @@ def _progress_callback(console: Console):
             self.progress.stop()
 
     return ProgressBar()
+
+
+def _optimizer_memory():
+    """Return a callback that measures what training holds for the trained weights alone, at the end of a step."""
+    import torch
+    from transformers import TrainerCallback
+
+    class OptimizerMemory(TrainerCallback):
+        gradient_bytes = optimizer_bytes = 0
+
+        def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+            if state.global_step == 0:
+                gradients = (weight.grad for weight in model.parameters())
+                self.gradient_bytes = sum(gradient.nbytes for gradient in gradients if gradient is not None)
+                held = getattr(optimizer, "optimizer", optimizer).state.values()  # accelerate wraps it
+                values = (value for entries in held for value in entries.values())
+                self.optimizer_bytes = sum(
+                    value.nbytes for value in values if isinstance(value, torch.Tensor)
+                )
+
+    return OptimizerMemory()
 
 
 def _evaluate(trainer, tokenizer, held_out: list[data.Example], console: Console):
@@ -459,14 +544,15 @@ def show(result: TrainResult, console: Console) -> None:
                 "exact match", f"{result.before.exact_match:.1%}", f"{result.after.exact_match:.1%}"
             )
         console.print(table)
-    share = result.trainable_parameters / (result.parameters + result.trainable_parameters)
+    full = result.settings["method"] == "full"
+    kept = "Model" if full else "Adapter"
     console.print(
         f"{result.steps} steps in {result.seconds:.1f} s, {result.tokens_per_second:,.0f} tokens/s, "
         f"{result.peak_memory_mib:,.0f} MiB peak memory; {result.trainable_parameters:,} trained parameters "
-        f"({share:.1%}). Adapter: {result.settings['out']}",
+        f"({result.trainable_share:.1%}). {kept}: {result.settings['out']}",
         highlight=False,
     )
-    base = f"Frozen weights: {mebibytes(result.base_bytes)}"
+    base = f"{'Weights' if full else 'Frozen weights'}: {mebibytes(result.base_bytes)}"
     if (how := result.quantization) is not None:
         kinds = " and ".join(f"{kind}s" for kind in result.quantized)
         nested = ", double-quantized" if how["nested"] else ""
@@ -491,8 +577,9 @@ def mebibytes(size: int) -> str:
 
 
 def command(**options) -> None:
-    """Fine-tune a causal language model with LoRA or QLoRA, experts and routers included. The adapter is plain PEFT's,
-    except that of a mixture of LoRAs or of chosen experts."""
+    """Fine-tune a causal language model, or go on pre-training it: with adapters of any kind, experts and routers
+    included, or whole. The adapter is plain PEFT's, except a mixture of LoRAs, a bottleneck adapter and adapters on
+    chosen experts."""
     # What one library tells another about its next version is no news to the user.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     console = Console()
