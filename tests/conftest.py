@@ -7,18 +7,34 @@ import pytest
 import torch
 
 import peftfast
+from peftfast.ops.devices import CUDA, KERNEL_DEVICES
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="where tensors are made: test_lora, _fourbit, _moe",
+    )
 
 
 def pytest_configure(config):
     config.addinivalue_line(
         "markers", "every_isa: the core checks that test_isa.py repeats under each instruction set"
     )
+    device = config.getoption("--device")
+    if device not in KERNEL_DEVICES:
+        raise pytest.UsageError(f"--device {device}: {CUDA}.")
 
 
 @pytest.fixture(autouse=True)
-def nothing_leaks():
+def nothing_leaks(request):
     """Every test starts from the same seed, on stock PEFT, and leaves the process as it found it."""
     threads = torch.get_num_threads()
+    device = request.config.getoption("--device")
+    if device != "cpu":
+        torch.set_default_device(device)
     torch.manual_seed(0)
     yield
     peftfast.disable()

@@ -8,6 +8,12 @@
 #include "../cpu/isa.h"
 #include "checks.h"
 
+#ifdef PEFTFAST_EMULATE_CUDA
+#include <tuple>
+
+#include "../cuda/steps.h"
+#endif
+
 namespace {
 
 double machine_peak(int dtype) {
@@ -24,6 +30,26 @@ std::vector<std::string> supported_isas() {
   return names;
 }
 
+#ifdef PEFTFAST_EMULATE_CUDA
+// Which GPU kernel a base product of M rows would run on: its name, its rows at a time, and whether W is decoded first.
+std::tuple<std::string, int, bool> cuda_choice(int64_t M, int64_t N, int64_t K, int64_t groups, int dtype, int compute,
+                                               bool four_bit, bool reduction_contiguous, bool dropout) {
+  namespace cuda = peftfast::cuda;
+  static const int64_t offsets[1] = {};
+  cuda::Linear args{.rows = {M, {groups, groups > 1 ? offsets : nullptr}},
+                    .P = N,
+                    .Q = K,
+                    .dtype = static_cast<peftfast::DType>(dtype),
+                    .compute = static_cast<peftfast::DType>(compute),
+                    .W = {.fourbit = {.blocksize = four_bit ? 64 : 0}},
+                    .reduction_contiguous = reduction_contiguous,
+                    .dropout = dropout};
+  const cuda::Choice choice = cuda::pick(args);
+  const char* names[] = {"plain", "few", "tiled"};
+  return {names[choice.kernel], choice.tile_rows, choice.decode_first};
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -33,4 +59,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("version") = PEFTFAST_VERSION;
   module.attr("compiler") = PEFTFAST_COMPILER;
   module.attr("cuda") = PEFTFAST_CUDA_STATE;
+#ifdef PEFTFAST_EMULATE_CUDA
+  module.def("cuda_choice", &cuda_choice);
+#endif
 }

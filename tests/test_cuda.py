@@ -1,0 +1,201 @@
+"""The GPU kernels, where there is a GPU; and what can be said of them without one.
+
+The operators' own tests (test_lora, test_fourbit, test_moe) run on a GPU with `pytest --device cuda`, and with the
+kernels emulated on the CPU as .ci/run does it. Here is what is particular to the device.
+"""
+
+import pytest
+import torch
+
+import peftfast
+from peftfast import _C, ops
+from peftfast.ops.devices import CUDA, KERNEL_DEVICES
+from peftfast.testing import assert_as_accurate
+
+on_gpu = pytest.mark.skipif("cuda" not in KERNEL_DEVICES, reason=f"needs a GPU and its kernels: {CUDA}")
+emulated = pytest.mark.skipif(
+    not hasattr(_C, "cuda_choice"),
+    reason="needs a build with -DPEFTFAST_EMULATE_CUDA=ON, as .ci/run makes it",
+)
+FLOAT32, BFLOAT16, FLOAT16 = range(3)
+
+
+def test_the_build_says_what_it_has():
+    assert peftfast.build_info()["cuda"] == CUDA
+    assert ("cuda" in KERNEL_DEVICES) == CUDA.endswith("; loaded")
+    assert CUDA.startswith(("built by nvcc", "not built: ", "emulated"))
+
+
+# ---- which kernel ---------------------------------------------------------------------------------------------------
+
+
+def choice(
+    M, N=4096, K=4096, groups=1, dtype=BFLOAT16, compute=BFLOAT16, four_bit=True, straight=True, dropout=False
+):
+    return _C.cuda_choice(M, N, K, groups, dtype, compute, four_bit, straight, dropout)
+
+
+@emulated
+def test_few_rows_are_bound_by_reading_the_weight():
+    assert choice(1) == ("few", 16, False)
+    assert choice(16) == ("few", 16, False)
+    assert choice(17) == ("few", 64, False)
+    assert choice(64) == ("few", 64, False)
+    assert choice(16, four_bit=False) == ("few", 16, False)
+
+
+@emulated
+def test_many_rows_decode_the_weight_once():
+    assert choice(511) == ("tiled", 128, False)
+    assert choice(512) == ("tiled", 128, True)
+    assert choice(4096, four_bit=False) == ("tiled", 128, False)
+
+
+@emulated
+def test_what_a_decoded_weight_may_take_is_bounded():
+    assert choice(4096, N=128256, K=4096) == ("tiled", 128, False)  # 1 GB in bfloat16
+    assert choice(4096, groups=128) == ("tiled", 32, False)  # a stack of experts is never decoded whole
+
+
+@emulated
+def test_groups_count_by_their_rows():
+    assert choice(2048, groups=128, N=1536, K=2048) == ("few", 16, False)
+    assert choice(8192, groups=128, N=1536, K=2048) == ("few", 64, False)
+    assert choice(32768, groups=128, N=1536, K=2048) == ("tiled", 128, False)
+
+
+@emulated
+def test_backward_and_its_dropout_run_tiled():
+    assert choice(8, straight=False) == ("tiled", 32, False)
+    assert choice(8, dropout=True) == ("tiled", 32, False)
+
+
+@emulated
+def test_fp32_and_odd_shapes():
+    assert choice(4096, dtype=FLOAT32, compute=FLOAT32) == ("plain", 0, False)
+    assert choice(4096, compute=FLOAT32) == ("plain", 0, False)
+    assert choice(4096, dtype=FLOAT16, compute=BFLOAT16) == ("plain", 0, False)
+    assert choice(8, K=4090) == ("tiled", 32, True)  # codes straddle rows: decoded first
+    assert choice(8, K=4090, groups=4) == ("plain", 0, False)
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def problem():
+    torch.manual_seed(1)
+    tensors = dict(
+        x=torch.randn(70, 96),
+        weight=torch.randn(130, 96) / 10,
+        A=torch.randn(8, 96) / 10,
+        B=torch.randn(130, 8),
+    )
+    return {name: tensor.bfloat16().cuda() for name, tensor in tensors.items()}
+
+
+def layer(p, seed, **others):
+    return ops.lora_linear(p["x"], p["weight"], p["A"], p["B"], 0.5, dropout=0.3, seed=seed, **others)
+
+
+@on_gpu
+def test_a_seed_gives_the_mask_of_the_cpu(problem):
+    seed = torch.tensor([12345])
+    on_cpu = layer({name: tensor.cpu().float() for name, tensor in problem.items()}, seed)
+    torch.testing.assert_close(layer(problem, seed.cuda()).float().cpu(), on_cpu, rtol=0.02, atol=0.02)
+
+
+@on_gpu
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("shape", [(64, 96), (7, 33)], ids=str)
+def test_codes_and_scales_are_those_of_the_cpu(quant_type, shape):
+    weight = torch.randn(shape)
+    ours = ops.fourbit_quantize(weight.cuda(), quant_type=quant_type)
+    theirs = ops.fourbit_quantize(weight, quant_type=quant_type)
+    assert torch.equal(ours.packed.cpu(), theirs.packed)
+    assert torch.equal(ops.fourbit_dequantize(ours).cpu(), ops.fourbit_dequantize(theirs))
+
+
+@on_gpu
+def test_on_another_stream(problem):
+    seed = torch.tensor([3], device="cuda")
+    wanted = layer(problem, seed)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        got = layer(problem, seed)
+    stream.synchronize()
+    assert torch.equal(got, wanted)
+
+
+@on_gpu
+def test_captured_in_a_graph(problem):
+    seed = torch.tensor([3], device="cuda")
+    with torch.no_grad():
+        layer(problem, seed)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = layer(problem, seed)
+        problem["x"].copy_(torch.randn_like(problem["x"]))
+        seed.fill_(4)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(captured, layer(problem, seed))
+
+
+@on_gpu
+def test_experts_captured_in_a_graph():
+    x = torch.randn(64, 32, dtype=torch.bfloat16, device="cuda")
+    weight = torch.randn(4, 64, 32, dtype=torch.bfloat16, device="cuda")
+    offsets = torch.tensor([0, 10, 10, 40, 64], device="cuda")
+    with torch.no_grad():
+        ops.grouped_linear(x, weight, offsets)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = ops.grouped_linear(x, weight, offsets)
+        offsets.copy_(torch.tensor([0, 20, 30, 31, 60]))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(captured, ops.grouped_linear(x, weight, offsets))
+
+
+@on_gpu
+def test_tensors_on_different_devices_are_refused(problem):
+    with pytest.raises(ValueError, match=r"lora_A\[0\] is on cpu, but x is on cuda"):
+        layer(problem | {"A": problem["A"].cpu()}, torch.tensor([3], device="cuda"))
+
+
+@on_gpu
+def test_a_call_leaves_no_memory_behind(problem):
+    seed = torch.tensor([3], device="cuda")
+    layer(problem, seed)
+    before = torch.cuda.memory_allocated()
+    for _ in range(10):
+        layer(problem, seed)
+    assert torch.cuda.memory_allocated() == before
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_model_of_peft_as_accurate_as_eager(dtype):
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = get_peft_model(
+        LlamaForCausalLM(config), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    ).cuda()
+    ids = torch.randint(128, (2, 16), device="cuda")
+
+    def logits(kind):
+        return model.to(kind)(input_ids=ids).logits
+
+    with torch.no_grad():
+        oracle, eager = logits(torch.float64), logits(dtype)
+        with peftfast.enabled():
+            ours = logits(dtype)
+    assert_as_accurate(ours, eager, oracle)
