@@ -149,7 +149,7 @@ def main() -> None:
         options.dtype, options.tokens, options.vocabulary, options.hidden, options.ignored, [options.trained]
     )
     points = list(itertools.starmap(Point, workloads))
-    run("loss", options, points, contenders, acceptance=acceptance, least=1, warmup=0)
+    run("loss", options, points, contenders, acceptance=acceptance, least=3, warmup=0)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def test_many_rows_decode_the_weight_once():
 @emulated
 def test_what_a_decoded_weight_may_take_is_bounded():
     assert choice(4096, N=128256, K=4096) == ("tiled", 128, False)  # 1 GB in bfloat16
-    assert choice(4096, groups=128) == ("tiled", 32, False)  # a stack of experts is never decoded whole
+    assert choice(65536, groups=64) == ("tiled", 128, False)  # a stack of experts is never decoded whole
 
 
 @emulated

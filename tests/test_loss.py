@@ -11,6 +11,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import peftfast
@@ -361,6 +362,31 @@ def test_a_step_of_a_model(architecture):
     model = language_model(architecture)
     assert_same_step(model)
     assert_same_step(model, num_items_in_batch=torch.tensor(40))
+
+
+class Largest(TorchDispatchMode):
+    """The largest number of elements that a tensor has whose last dimension is the vocabulary."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.dim() and tensor.shape[-1] == VOCABULARY:
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_logits_never_exist(small_chunks):
+    model, logits = language_model(), batch()["labels"].numel() * VOCABULARY
+    with Largest() as largest:
+        step(model)
+    assert largest.elements >= logits
+    with peftfast.enabled(strict=True), Largest() as largest:
+        step(model)
+    assert 0 < largest.elements * 4 <= loss.CHUNK_BYTES_CPU
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

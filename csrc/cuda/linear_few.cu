@@ -30,6 +30,7 @@ __global__ void __launch_bounds__(threads) few_kernel(Linear args, bool aligned_
   float sums[row_tiles][column_fragments][4] = {};
   const T* X = static_cast<const T*>(args.X);
   const T* W = static_cast<const T*>(args.W.dense);
+#pragma unroll 1
   for (int64_t q = (warp * 4 + t) * run; q - t * run < args.Q; q += warps * 4 * run) {
     [[maybe_unused]] uint4 codes[column_fragments];
     [[maybe_unused]] float scale[column_fragments];

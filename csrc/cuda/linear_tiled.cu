@@ -217,9 +217,8 @@ __global__ void __launch_bounds__(threads) linear_kernel(Linear args, bool align
   for (int j = 0; j < column_fragments; ++j) {
     const int64_t p = column + column_of_warp + 8 * j + 2 * t;
     const int count = p + 1 < args.P ? 2 : p < args.P ? 1 : 0;
-    float bias[2] = {};
-    if (args.bias)
-      for (int v = 0; v < count; ++v) bias[v] = args.bias[rows.expert * args.P + p + v];
+    const float* biases = args.bias ? args.bias + rows.expert * args.P + p : nullptr;
+    const float bias[2] = {biases && count > 0 ? biases[0] : 0.0f, biases && count > 1 ? biases[1] : 0.0f};
 #pragma unroll
     for (int i = 0; i < row_fragments; ++i)
 #pragma unroll
@@ -246,9 +245,7 @@ template <class T, int tile_rows, bool straight, bool four_bit>
 void launch_tiled(const Linear& args, const Stream& stream) {
   const dim3 grid{static_cast<unsigned>(ceil_div(args.P, columns)),
                   static_cast<unsigned>(args.rows.most_tiles(tile_rows)), 1};
-  const int64_t low_rank = tile_rows * (rank_step + 1) * 4 + rank_step * columns * 4;
   static_assert(tile_rows * (rank_step + 1) * 4 + rank_step * columns * 4 <= stages * stage_bytes<tile_rows>);
-  (void)low_rank;
   launch("linear", linear_kernel<T, tile_rows, straight, four_bit>, grid, threads,
          stages * stage_bytes<tile_rows> + (four_bit ? codebook_bytes : 0), stream, args, in_16_bytes(args.X, args.ldx),
          in_16_bytes(args.W.dense, args.W.ld));
