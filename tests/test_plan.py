@@ -15,6 +15,8 @@ import peftfast
 from peftfast.cli import dry_run, main, methods
 from peftfast.cli.errors import UserError
 from peftfast.cli.plan import GPUS, PlanSettings, plan
+from peftfast.cli.plan import _read_config as read_config
+from peftfast.cli.plan import _Run as Run
 from peftfast.nn import quantize_linears
 from peftfast.testing import bytes_saved_for_backward
 
@@ -181,14 +183,17 @@ def megabytes(size):
     return f"{size / 1e6:.6f}MB"
 
 
-def test_longest_sequence_fits_and_the_next_does_not(llama):
-    settings = PlanSettings(llama, sequence_len=64)
-    capacity = plan(replace(settings, sequence_len=700)).memory.total
-    found = plan(settings, megabytes(capacity + 10**6), "1MB")
-    (choice,) = [way for way in found.choices if not way.changes]
-    assert choice.fits and choice.longest == 688  # of 16s, the last that is not above 700
-    assert plan(replace(settings, sequence_len=688)).memory.total <= capacity
-    assert plan(replace(settings, sequence_len=704)).memory.total > capacity
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_longest_sequence_fits_and_the_next_does_not(llama, checkpointing):
+    settings = PlanSettings(llama, checkpointing=checkpointing)
+    model = Run(read_config(llama), settings)
+
+    def total(length):
+        return model.memory(settings, length, on_gpu=True).total
+
+    assert model.longest(settings, total(700), 2048) == 688  # of 16s, the last that is not above 700
+    assert total(688) <= total(700) < total(704)
+    assert model.longest(settings, 1000, 2048) == 0
 
 
 def test_all_that_the_model_takes_is_the_longest(llama):
@@ -198,25 +203,19 @@ def test_all_that_the_model_takes_is_the_longest(llama):
 
 
 def test_cheapest_gives_up_as_little_as_it_must(llama):
-    settings = PlanSettings(llama, "lora", micro_batch_size=4, sequence_len=512, checkpointing=False)
-
-    def cheapest(size):
-        found = plan(settings, megabytes(size + 10**6), "1MB").cheapest
-        assert found is None or found.fits
-        return found and found.changes
-
-    def total(**changes):
-        return plan(replace(settings, **changes)).memory.total
-
-    assert cheapest(total()) == {}
-    assert cheapest(total(checkpointing=True)) == {"checkpointing": True}
-    both = {"method": "qlora", "checkpointing": True}
-    halved = both | {"micro_batch_size": 2, "gradient_accumulation_steps": 2}
-    assert cheapest(total(**halved)) == halved
-    single = both | {"micro_batch_size": 1, "gradient_accumulation_steps": 4}
-    shorter = cheapest(total(**single, sequence_len=256))
-    assert shorter == single | {"sequence_len": 256}
-    assert cheapest(1000) is None
+    settings = PlanSettings(llama, "lora", micro_batch_size=2, sequence_len=512, checkpointing=False)
+    changes = {
+        "method": "qlora",
+        "checkpointing": True,
+        "micro_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+    }
+    shorter = changes | {"sequence_len": 256}
+    capacity = plan(replace(settings, **shorter)).memory.total
+    found = plan(settings, megabytes(capacity + 10**6), "1MB")
+    assert found.cheapest.changes == shorter
+    assert found.cheapest.fits and not any(way.fits for way in found.choices)
+    assert plan(settings, "1.001MB", "1MB").cheapest is None
 
 
 def test_checkpointing_is_left_out_where_all_fits_without(llama):
