@@ -7,14 +7,14 @@ rises above what the process had before the model was made, and after a tiny mod
 that load on the way count for nothing.
 
 The C library is told to give large freed blocks back to the system at once (MALLOC_MMAP_THRESHOLD_=65536). By default
-glibc keeps blocks of up to 32 MiB for later, and a process then stays larger than what it uses: "default_malloc"
-in the record, measured with --malloc, says by how much.
+glibc keeps blocks of up to 32 MiB for later, and a process then stays larger than what it uses: "default_malloc_bytes"
+in a row, measured with --malloc, says how large.
 
     python benchmarks/bench_plan.py                  # all settings; minutes
     python benchmarks/bench_plan.py --only 0 3       # some of them, by number
     python benchmarks/bench_plan.py --malloc         # also as glibc does by default; twice as long
 
-A row of the record holds "planned_bytes", "measured_bytes" and "error", planned / measured - 1.
+A row of the record holds "planned" by parts, "planned_bytes", "measured_bytes" and "error", planned / measured - 1.
 """
 
 from __future__ import annotations

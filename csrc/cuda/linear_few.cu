@@ -14,7 +14,7 @@ namespace {
 constexpr int warps = 8, threads = warps * lanes, columns = 32, run = 32;  // run: of the reduction, for one lane
 
 template <class T, int row_tiles, bool four_bit>
-__global__ void __launch_bounds__(threads) few_kernel(Linear args, bool aligned_X, bool aligned_W) {
+__global__ void __launch_bounds__(threads, 1) few_kernel(Linear args, bool aligned_X, bool aligned_W) {
   constexpr int tile_rows = 16 * row_tiles, column_fragments = columns / 8;
   const Tile rows = tile_of(args.rows, blockIdx.y, tile_rows);
   if (rows.first >= rows.end) return;
