@@ -5,8 +5,8 @@
 //
 // Both read X straight into the registers of the tensor cores, 16 bytes a lane, with no shared memory on the way: which
 // element of the reduction stands where in a fragment does not matter, so long as both operands agree. X in 16 bits is
-// exact in tf32; the fp32 factor is split in two tf32 parts, whose products are added. Tensor cores cut off where fp32
-// rounds, so they sum no more than eight products of the large parts, and ordinary additions take it from there.
+// exact in tf32; the fp32 factor is split in three tf32 parts, whose products are added. Tensor cores cut off where
+// fp32 rounds, so they sum no more than eight products of the large parts, and ordinary additions take it from there.
 #include <type_traits>
 
 #include "steps.h"
@@ -17,8 +17,19 @@ namespace {
 constexpr int warps = 8, threads = warps * lanes;
 constexpr int rank_tile = 16, row_tile = 16, column_tile = 64;
 
-// Adds what a tensor core summed. `rest` gets what that lacks on average for having been cut off: half a unit in the last
-// place of a number of any leading digits.
+// An fp32 as the sum of three numbers in tf32.
+struct Parts {
+  uint32_t high, middle, low;
+};
+__device__ __forceinline__ Parts parts_of(float x) {
+  const uint32_t high = to_tf32(x);
+  const float rest = x - bit_cast<float>(high);
+  const uint32_t middle = to_tf32(rest);
+  return {high, middle, to_tf32(rest - bit_cast<float>(middle))};
+}
+
+// Adds what a tensor core summed. `rest` gets what that lacks on average for having been cut off: half a unit in the
+// last place of a number of any leading digits.
 __device__ __forceinline__ void take(float part, float& sum, float& rest) {
   constexpr float cut_off = 0.7213f / (1 << 24);
   sum += part;
@@ -92,7 +103,7 @@ __device__ __forceinline__ float scale_of(const Down& args, int adapter) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(threads) down_kernel(Down args, bool aligned) {
+__global__ void __launch_bounds__(threads, 1) down_kernel(Down args, bool aligned) {
   const Tile rows = tile_of(args.rows, blockIdx.x, row_tile);
   if (rows.first >= rows.end) return;
   const RankTile ranks = rank_tile_of(args.segments, blockIdx.y);
@@ -129,11 +140,11 @@ __global__ void __launch_bounds__(threads) down_kernel(Down args, bool aligned) 
                                   bit_cast<uint32_t>(x[0][j + 1]), bit_cast<uint32_t>(x[1][j + 1])};
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const uint32_t high0 = to_tf32(a[i][j]), high1 = to_tf32(a[i][j + 1]);
+          const Parts first = parts_of(a[i][j]), second = parts_of(a[i][j + 1]);
           float part[4] = {};
-          multiply_16x8x8(part, left, high0, high1);
-          multiply_16x8x8(rests[i], left, to_tf32(a[i][j] - bit_cast<float>(high0)),
-                          to_tf32(a[i][j + 1] - bit_cast<float>(high1)));
+          multiply_16x8x8(part, left, first.high, second.high);
+          multiply_16x8x8(rests[i], left, first.middle, second.middle);
+          multiply_16x8x8(rests[i], left, first.low, second.low);
 #pragma unroll
           for (int k = 0; k < 4; ++k) take(part[k], sums[i][k], rests[i][k]);
         }
@@ -210,7 +221,7 @@ __device__ void each_run(const Outer& args, int64_t slot, int64_t split, Body bo
 }
 
 template <class T>
-__global__ void __launch_bounds__(threads) outer_kernel(Outer args, bool aligned) {
+__global__ void __launch_bounds__(threads, 1) outer_kernel(Outer args, bool aligned) {
   const RankTile ranks = rank_tile_of(args.segments, blockIdx.y);
   const int64_t slot = blockIdx.z % args.slots, split = blockIdx.z / args.slots;
   const int lane = threadIdx.x % lanes, warp = threadIdx.x / lanes, g = lane / 4, t = lane % 4;
@@ -242,17 +253,19 @@ __global__ void __launch_bounds__(threads) outer_kernel(Outer args, bool aligned
           v[i][j] = row < end && rank < ranks.end ? args.V[row * args.R + rank] : 0.0f;
         }
       }
-      uint32_t high[4], low[4];
+      uint32_t high[4], middle[4], low[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        high[i] = to_tf32(v[i / 2][i % 2]);
-        low[i] = to_tf32(v[i / 2][i % 2] - bit_cast<float>(high[i]));
+        const Parts parts = parts_of(v[i / 2][i % 2]);
+        high[i] = parts.high, middle[i] = parts.middle, low[i] = parts.low;
       }
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
+        const uint32_t upper = bit_cast<uint32_t>(x[0][j]), lower = bit_cast<uint32_t>(x[1][j]);
         float part[4] = {};
-        multiply_16x8x8(rests[j], low, bit_cast<uint32_t>(x[0][j]), bit_cast<uint32_t>(x[1][j]));
-        multiply_16x8x8(part, high, bit_cast<uint32_t>(x[0][j]), bit_cast<uint32_t>(x[1][j]));
+        multiply_16x8x8(part, high, upper, lower);
+        multiply_16x8x8(rests[j], middle, upper, lower);
+        multiply_16x8x8(rests[j], low, upper, lower);
 #pragma unroll
         for (int i = 0; i < 4; ++i) take(part[i], sums[j][i], rests[j][i]);
       }
