@@ -65,7 +65,7 @@ after_import("peft", lambda _: importlib.import_module("peftfast.integrations.tu
 def build_info() -> dict:
     """Facts of the build and of this process: version, compiler, torch, threads, the instruction set in use ("isa"),
     those that this machine can run ("isas", best first), and whether there are GPU kernels, or why not ("cuda")."""
-    from peftfast.ops.devices import CUDA
+    from peftfast.ops.devices import cuda_state
 
     return {
         "version": __version__,
@@ -74,7 +74,7 @@ def build_info() -> dict:
         "threads": torch.get_num_threads(),
         "isa": _C.isa_in_use(),
         "isas": _C.supported_isas(),
-        "cuda": CUDA,
+        "cuda": cuda_state(),
     }
 
 

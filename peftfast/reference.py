@@ -178,17 +178,17 @@ class FourBitWeight:
 
 
 def dynamic_code() -> Tensor:
-    """The 256 values that bitsandbytes' 8-bit codes of absmax stand for, ascending: float32 [256].
+    """The 256 values that bitsandbytes' 8-bit codes of absmax stand for, ascending: float32 [256], on the CPU.
 
     Seven decades; the n-th from below is cut into 2**n parts, each represented by its middle, of either sign; with 0
     and 1 (Dettmers, 8-Bit Approximations for Parallelism in Deep Learning, ICLR 2016).
     """
     values = [0.0, 1.0]
     for decade in range(7):
-        bounds = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        bounds = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32, device="cpu")
         middles = (10 ** (decade - 6) * ((bounds[:-1] + bounds[1:]) / 2)).tolist()
         values += middles + [-value for value in middles]
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
 
 
 def fourbit_quantize(
@@ -204,8 +204,8 @@ def fourbit_quantize(
     if tail:  # bitsandbytes divides in a block that is not full, and keeps the divisor
         scaled[-1] = blocks[-1] / divisor[-1]
         absmax[-1] = divisor[-1]
-    order = torch.tensor(FOURBIT_ORDER[quant_type])
-    levels = torch.tensor(FOURBIT_CODEBOOKS[quant_type])[order]
+    order = torch.tensor(FOURBIT_ORDER[quant_type], device=flat.device)
+    levels = torch.tensor(FOURBIT_CODEBOOKS[quant_type], device=flat.device)[order]
     codes = order[torch.bucketize(scaled.clamp(-1, 1).view(-1), (levels[:-1] + levels[1:]) / 2)]
     codes = codes[: flat.numel()].to(torch.uint8)
     if codes.numel() % 2:  # the code of zero fills the last byte
@@ -220,14 +220,14 @@ def fourbit_quantize(
 
 def _quantize_absmax(centered: Tensor, offset: Tensor) -> tuple[Tensor, NestedAbsmax]:
     """8-bit codes of absmax - offset. As bitsandbytes does, values are first placed on a grid of 65536 points."""
-    size, code = NESTED_BLOCKSIZE, dynamic_code()
+    size, code = NESTED_BLOCKSIZE, dynamic_code().to(centered.device)
     tail = centered.numel() % size
     blocks = torch.nn.functional.pad(centered, (0, size - tail if tail else 0)).view(-1, size)
     absmax = blocks.abs().amax(1) if blocks.numel() else centered.new_empty(0)
     inverse = torch.where(absmax > 0, 1.0 / absmax, 0.0)
     unit = (blocks * inverse.unsqueeze(1)).clamp(-1, 1).nan_to_num(-1.0)  # 0 times the inverse of a subnormal
     place = (((unit + 1) * 0.5).double() * 65535 + 0.5).float().long()
-    grid = -1 + torch.arange(0, 131072, 2).float() / 65535
+    grid = -1 + torch.arange(0, 131072, 2, device=code.device).float() / 65535
     codes = torch.bucketize(grid, (code[:-1] + code[1:]) / 2).to(torch.uint8)[place]
     codes[absmax == 0] = 0
     return codes.view(-1)[: centered.numel()], NestedAbsmax(absmax, code, offset)

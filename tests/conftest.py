@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import peftfast
-from peftfast.ops.devices import CUDA, KERNEL_DEVICES
+from peftfast.ops.devices import KERNEL_DEVICES, cuda_state
 
 
 def pytest_addoption(parser):
@@ -25,7 +25,7 @@ def pytest_configure(config):
     )
     device = config.getoption("--device")
     if device not in KERNEL_DEVICES:
-        raise pytest.UsageError(f"--device {device}: {CUDA}.")
+        raise pytest.UsageError(f"--device {device}: {cuda_state()}.")
 
 
 @pytest.fixture(autouse=True)

@@ -229,11 +229,13 @@ __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* ro
   if constexpr (transposed)
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(address));
+                 : "r"(address)
+                 : "memory");
   else
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(address));
+                 : "r"(address)
+                 : "memory");
 #endif
 }
 
@@ -244,14 +246,15 @@ __device__ __forceinline__ void copy_16_bytes(void* to, const void* from, int by
 #else
   asm volatile(
       "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-      "l"(from), "r"(bytes));
+      "l"(from), "r"(bytes)
+      : "memory");
 #endif
 }
 __device__ __forceinline__ void commit_copies() {
 #ifdef PEFTFAST_EMULATE_CUDA
   emulation::commit_copies();
 #else
-  asm volatile("cp.async.commit_group;");
+  asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
 // Until at most `groups` of the last commits are under way.
@@ -260,7 +263,7 @@ __device__ __forceinline__ void wait_for_copies() {
 #ifdef PEFTFAST_EMULATE_CUDA
   emulation::wait_for_copies(groups);
 #else
-  asm volatile("cp.async.wait_group %0;" ::"n"(groups));
+  asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
 #endif
 }
 

@@ -23,11 +23,11 @@ __device__ inline float code_value(const FourBitMatrix& W, int64_t element) {
 
 // A block computes 64 x 64 values, a thread 4 x 4 of them.
 __global__ void __launch_bounds__(threads) linear_plain_kernel(Linear args) {
-  const Tile rows = tile_of(args.rows, blockIdx.y, tile);
+  const Tile rows = tile_of(args.rows, blockIdx.x, tile);
   if (rows.first >= rows.end) return;
   float (*x)[tile + 1] = shared_memory<float[tile + 1]>();
   float (*w)[tile + 1] = x + step;
-  const int64_t column = blockIdx.x * int64_t{tile};
+  const int64_t column = blockIdx.y * int64_t{tile};
   const int down = threadIdx.x / 16 * 4, across = threadIdx.x % 16 * 4;
   const bool four_bit = args.W.fourbit.blocksize != 0;
   float sums[4][4] = {}, errors[4][4] = {};
@@ -170,7 +170,7 @@ void linear(const Linear& given, const Stream& stream) {
   const Choice choice = pick(args);
   if (choice.kernel == Choice::plain) {
     launch("linear", linear_plain_kernel,
-           {static_cast<unsigned>(ceil_div(args.P, tile)), static_cast<unsigned>(args.rows.most_tiles(tile)), 1},
+           {static_cast<unsigned>(args.rows.most_tiles(tile)), static_cast<unsigned>(ceil_div(args.P, tile)), 1},
            threads, 2 * step * (tile + 1) * 4, stream, args);
     return;
   }

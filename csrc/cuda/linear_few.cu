@@ -16,9 +16,9 @@ constexpr int warps = 8, threads = warps * lanes, columns = 32, run = 32;  // ru
 template <class T, int row_tiles, bool four_bit>
 __global__ void __launch_bounds__(threads, 1) few_kernel(Linear args, bool aligned_X, bool aligned_W) {
   constexpr int tile_rows = 16 * row_tiles, column_fragments = columns / 8;
-  const Tile rows = tile_of(args.rows, blockIdx.y, tile_rows);
+  const Tile rows = tile_of(args.rows, blockIdx.x, tile_rows);
   if (rows.first >= rows.end) return;
-  const int64_t column = blockIdx.x * int64_t{columns};
+  const int64_t column = blockIdx.y * int64_t{columns};
   const int lane = threadIdx.x % lanes, warp = threadIdx.x / lanes, g = lane / 4, t = lane % 4;
   float* codebook = shared_memory<float>();
   float (*total)[columns + 1] = reinterpret_cast<float (*)[columns + 1]>(codebook + 16 * lanes);
@@ -108,8 +108,8 @@ __global__ void __launch_bounds__(threads, 1) few_kernel(Linear args, bool align
 
 template <class T, int row_tiles>
 void launch_few(const Linear& args, const Stream& stream) {
-  const dim3 grid{static_cast<unsigned>(ceil_div(args.P, columns)),
-                  static_cast<unsigned>(args.rows.most_tiles(16 * row_tiles)), 1};
+  const dim3 grid{static_cast<unsigned>(args.rows.most_tiles(16 * row_tiles)),
+                  static_cast<unsigned>(ceil_div(args.P, columns)), 1};
   const int64_t shared = codebook_bytes + 16 * row_tiles * (columns + 1) * 4;
   const bool aligned_X = in_16_bytes(args.X, args.ldx), aligned_W = in_16_bytes(args.W.dense, args.W.ld);
   if (args.W.fourbit.blocksize)

@@ -46,9 +46,9 @@ __global__ void __launch_bounds__(threads) linear_kernel(Linear args, bool align
   constexpr int warps_down = tile_rows == 128 ? 2 : 1, warps_across = 8 / warps_down;
   constexpr int warp_rows = tile_rows / warps_down, warp_columns = columns / warps_across;
   constexpr int row_fragments = warp_rows / 16, column_fragments = warp_columns / 8;
-  const Tile rows = tile_of(args.rows, blockIdx.y, tile_rows);
+  const Tile rows = tile_of(args.rows, blockIdx.x, tile_rows);
   if (rows.first >= rows.end) return;
-  const int64_t column = blockIdx.x * int64_t{columns};
+  const int64_t column = blockIdx.y * int64_t{columns};
   const int lane = threadIdx.x % lanes, warp = threadIdx.x / lanes, g = lane / 4, t = lane % 4;
   const int row_of_warp = warp / warps_across * warp_rows, column_of_warp = warp % warps_across * warp_columns;
   char* shared = shared_memory<char>();
@@ -243,8 +243,8 @@ __global__ void __launch_bounds__(threads) linear_kernel(Linear args, bool align
 
 template <class T, int tile_rows, bool straight, bool four_bit>
 void launch_tiled(const Linear& args, const Stream& stream) {
-  const dim3 grid{static_cast<unsigned>(ceil_div(args.P, columns)),
-                  static_cast<unsigned>(args.rows.most_tiles(tile_rows)), 1};
+  const dim3 grid{static_cast<unsigned>(args.rows.most_tiles(tile_rows)),
+                  static_cast<unsigned>(ceil_div(args.P, columns)), 1};
   static_assert(tile_rows * (rank_step + 1) * 4 + rank_step * columns * 4 <= stages * stage_bytes<tile_rows>);
   launch("linear", linear_kernel<T, tile_rows, straight, four_bit>, grid, threads,
          stages * stage_bytes<tile_rows> + (four_bit ? codebook_bytes : 0), stream, args, in_16_bytes(args.X, args.ldx),

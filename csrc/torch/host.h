@@ -42,14 +42,16 @@ inline bool on_device(const Tensor& t) { return t.is_cuda() && t.get_device_inde
 // Makes the device of `first` the current one for the rest of a call, and is the stream that torch has there.
 class Host {
  public:
-  explicit Host(const Tensor& first) : guard_(first.get_device_index()) {
+  explicit Host(const Tensor& first) : guard_(index_of(first)) {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(first.get_device_index(), &stream_.handle));
-    STD_TORCH_CHECK(cudaDeviceGetAttribute(&stream_.multiprocessors, cudaDevAttrMultiProcessorCount,
-                                           first.get_device_index()) == cudaSuccess,
-                    "the GPU does not answer.");
+    const cudaError_t error =
+        cudaDeviceGetAttribute(&stream_.multiprocessors, cudaDevAttrMultiProcessorCount, first.get_device_index());
+    STD_TORCH_CHECK(error == cudaSuccess, "peftfast cannot use the GPU: ", cudaGetErrorString(error), ".");
     stream_.allocate = [](uint64_t bytes) {
       void* data = nullptr;
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_caching_allocator_raw_alloc(bytes, &data));
+      // In torch's words, by which others know it.
+      STD_TORCH_CHECK(aoti_torch_cuda_caching_allocator_raw_alloc(bytes, &data) == AOTI_TORCH_SUCCESS,
+                      "CUDA out of memory. peftfast tried to allocate ", bytes, " bytes.");
       return data;
     };
     stream_.release = [](void* data) { aoti_torch_cuda_caching_allocator_raw_delete(data); };
@@ -57,6 +59,11 @@ class Host {
   operator const Stream&() const { return stream_; }
 
  private:
+  static int32_t index_of(const Tensor& first) {
+    STD_TORCH_CHECK(first.is_cuda(), "the first argument must be on a GPU here.");
+    return first.get_device_index();
+  }
+
   torch::stable::accelerator::DeviceGuard guard_;
   Stream stream_{};
 };

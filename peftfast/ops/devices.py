@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -12,29 +13,36 @@ from peftfast import _C
 LEAST_CAPABILITY = (8, 0)  # tensor cores for bfloat16 and asynchronous copies
 
 
-def _load_cuda() -> str:
-    """Registers the GPU kernels, if there are any and a GPU for them; says how that went."""
-    library = Path(__file__).parent.parent / "_cuda.so"
-    if not library.exists():
-        return _C.cuda
-    if not torch.cuda.is_available():
-        return f"{_C.cuda}; not loaded: torch sees no GPU"
-    for device in range(torch.cuda.device_count()):
-        capability = torch.cuda.get_device_capability(device)
-        if capability < LEAST_CAPABILITY:
-            return (
-                f"{_C.cuda}; not loaded: {torch.cuda.get_device_name(device)} has compute capability "
-                f"{capability[0]}.{capability[1]}, and the kernels need {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]}"
-            )
+@functools.cache
+def cuda_state() -> str:
+    """Registers the GPU kernels, if there are any and a GPU for them; says how that went.
+
+    Not at import: it initializes CUDA, which would take the choice of devices, and forking, from the user.
+    """
+    if not _C.cuda.startswith("built") or not torch.cuda.is_available():
+        return _C.cuda if not _C.cuda.startswith("built") else f"{_C.cuda}; not loaded: torch sees no GPU"
     try:
-        torch.ops.load_library(library)
-    except OSError as error:
+        for device in range(torch.cuda.device_count()):
+            capability = torch.cuda.get_device_capability(device)
+            if capability < LEAST_CAPABILITY:
+                return (
+                    f"{_C.cuda}; not loaded: {torch.cuda.get_device_name(device)} has compute capability "
+                    f"{capability[0]}.{capability[1]}, and the kernels need {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]}"
+                )
+        torch.ops.load_library(Path(__file__).parent.parent / "_cuda.so")
+    except (OSError, RuntimeError) as error:
         return f"{_C.cuda}; not loaded: {error}"
     return f"{_C.cuda}; loaded"
 
 
-CUDA = _load_cuda()
-KERNEL_DEVICES = ("cpu", "cuda") if CUDA.endswith("; loaded") else ("cpu",)
+class _KernelDevices:
+    """The types of devices that have kernels. Whether GPUs do is found out when one is asked for."""
+
+    def __contains__(self, device: str) -> bool:
+        return device == "cpu" or (device == "cuda" and cuda_state().endswith("; loaded"))
+
+
+KERNEL_DEVICES = _KernelDevices()
 
 
 def host_reads(tensor: Tensor) -> bool:

@@ -77,7 +77,7 @@ def fourbit_quantize(
     if not finite:
         raise ValueError("weight holds values that are not finite (NaN or infinity): it cannot be quantized.")
     if nested and quantized.nested is None:
-        offset, code = quantized.absmax.mean(), _dynamic_code().clone()
+        offset, code = quantized.absmax.mean(), _dynamic_code().to(packed.device, copy=True)
         codes, nested_absmax = QUANTIZE_ABSMAX(quantized.absmax, offset, code, NESTED_BLOCKSIZE)
         how = NestedAbsmax(nested_absmax, code, offset)
         quantized = FourBitWeight(
