@@ -150,7 +150,11 @@ def _trainer(point: Point, folder: Path):
     peftfast.enable(strict=True)
 
     def step() -> None:
-        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        # torch's own loss, which is what is planned: with labels, the forward would do without logits.
+        logits = model(input_ids=tokens, use_cache=False).logits
+        base = model.get_base_model()
+        base.loss_function(logits=logits, labels=tokens, vocab_size=base.config.vocab_size).backward()
+        del logits
         optimizer.step()
         optimizer.zero_grad()
 

@@ -12,7 +12,9 @@ from peftfast import _C, ops
 from peftfast.ops.devices import KERNEL_DEVICES, cuda_state
 from peftfast.testing import assert_as_accurate
 
-on_gpu = pytest.mark.skipif("cuda" not in KERNEL_DEVICES, reason=f"needs a GPU and its kernels: {cuda_state()}")
+on_gpu = pytest.mark.skipif(
+    "cuda" not in KERNEL_DEVICES, reason=f"needs a GPU and its kernels: {cuda_state()}"
+)
 emulated = pytest.mark.skipif(
     not hasattr(_C, "cuda_choice"),
     reason="needs a build with -DPEFTFAST_EMULATE_CUDA=ON, as .ci/run makes it",

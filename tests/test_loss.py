@@ -2,6 +2,7 @@
 
 import copy
 import io
+import threading
 from contextlib import nullcontext
 
 import peft
@@ -814,6 +815,70 @@ def test_prompt_tuning_reads_no_logits():
         relative_error(ours.loss, theirs.loss) <= 2e-6 and relative_error(ours.logits, theirs.logits) <= 2e-6
     )
     assert all(relative_error(grad, their_grads[name]) <= 3e-6 for name, grad in our_grads.items())
+
+
+class _Squared(torch.autograd.Function):
+    """Reaches its input from C++, as a kernel of somebody else's does."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return (x * x).sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad * ctx.saved_tensors[0]
+
+
+def test_logits_of_two_calls_joined():
+    model = language_model()
+    first, second = (torch.randint(model.config.vocab_size, (2, 8)) for _ in range(2))
+
+    def grads():
+        model.zero_grad()
+        joined = torch.cat([model(input_ids=ids, labels=ids).logits for ids in (first, second)])
+        _Squared.apply(joined).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    wanted = grads()
+    with peftfast.enabled():
+        got = grads()
+    assert got.keys() == wanted.keys()
+    assert all(relative_error(grad, wanted[name]) <= 3e-6 for name, grad in got.items())
+
+
+def test_a_forward_that_calls_that_of_its_base_is_served_once():
+    class Derived(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            return super().forward(input_ids=input_ids, labels=labels, **kwargs)
+
+    model = Derived(language_model().config)
+    ids = torch.randint(model.config.vocab_size, (2, 8))
+    with peftfast.enabled(strict=True):
+        assert type(model(input_ids=ids, labels=ids).logits) is DeferredLogits
+
+
+def test_two_threads_share_a_model():
+    model = language_model()
+    ids = torch.randint(model.config.vocab_size, (2, 8))
+    together = threading.Barrier(2)
+
+    def meet(*_):
+        together.wait(timeout=60)
+
+    model.model.register_forward_pre_hook(meet)
+    losses = []
+    with peftfast.enabled(strict=True):
+        threads = [
+            threading.Thread(target=lambda: losses.append(model(input_ids=ids, labels=ids).loss.item()))
+            for _ in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(losses) == 2 and losses[0] == losses[1]
+    assert "forward" not in model.lm_head.__dict__
 
 
 def test_the_public_names():

@@ -175,7 +175,8 @@ def _load_base(base: str, to: str, dtype: str | None, quantization: dict | None)
         raise UserError(f"--base {base}: its config.json cannot be read: {first_sentence(error)}.") from error
     held = getattr(config.dtype, "name", str(config.dtype or torch.float32)).removeprefix("torch.")
     name = DTYPES[dtype] if dtype else held
-    in_four_bits = getattr(config, "quantization_config", None) is not None
+    # The adapter belongs on the weights that it was trained on: in 4 bits if they were, and decoded from those.
+    in_four_bits = getattr(config, "quantization_config", None) is not None or quantization is not None
     four_bit = FourBitConfig(**quantization or {}) if in_four_bits or to == "4bit" else None
     model = load_model(base, name, local, four_bit)
     return model.dequantize(getattr(torch, name)) if in_four_bits and to == "dense" else model
@@ -184,7 +185,9 @@ def _load_base(base: str, to: str, dtype: str | None, quantization: dict | None)
 def _quantization_of(adapter: Path) -> dict | None:
     """How the base was kept in 4 bits when `peftfast train` trained the adapter, as arguments of FourBitConfig."""
     with contextlib.suppress(OSError, ValueError):
-        return json.loads((adapter / RESULT_FILE).read_text(encoding="utf-8")).get("quantization")
+        record = json.loads((adapter / RESULT_FILE).read_text(encoding="utf-8"))
+        quantization = record.get("quantization") if isinstance(record, dict) else None
+        return quantization if isinstance(quantization, dict) else None
     return None
 
 

@@ -34,11 +34,13 @@ UNITS = {"gb": 10**9, "gib": 2**30, "mb": 10**6, "mib": 2**20}
 SEQUENCE_STEP = 16  # tokens: how finely the longest sequence is told
 MOST_TOKENS = 2**20  # where a configuration names no limit
 GIGABYTE = 10**9
+METHODS = ("lora", "qlora", "mixture")  # that can be planned
 
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What is planned; each field is an option of `peftfast plan`, and means what it does for `peftfast train`."""
+    """What is planned; each field is an option of `peftfast plan`, and means what it does for `peftfast train`, whose
+    defaults of dtype and batch size are those of small models."""
 
     model: Annotated[str, Argument(help="A model folder, a config.json, or the name of a model on the hub.")]
     method: Annotated[str, Option(help="lora; qlora: on a model in 4 bits; mixture: routed LoRAs.")] = "lora"
@@ -63,6 +65,8 @@ class PlanSettings:
 
     def to_train(self) -> TrainSettings:
         """The same as settings of a training run, which checks them."""
+        if self.method not in METHODS:
+            raise UserError(f"--method is one of {', '.join(METHODS)} here, not {self.method!r}.")
         same = {field.name for field in dataclasses.fields(TrainSettings)}
         given = {name: value for name, value in dataclasses.asdict(self).items() if name in same}
         return TrainSettings(**given, data=Path(), out=Path())
@@ -260,9 +264,10 @@ class _Run:
         packed = {weight.packed: weight for module in model.modules() for weight in fourbit_weights(module)}
         # What the tensors hold, from their shapes and dtypes; of a 4-bit weight with its scales and their code.
         self.weights, self.embeddings, self.parameters = {}, 0, 0
-        for weight in {*model.parameters(), *model.buffers()} - trained:
+        buffers = set(model.buffers())
+        for weight in {*model.parameters(), *buffers} - trained:
             held = packed.get(weight, weight)
-            self.parameters += math.prod(held.shape)
+            self.parameters += 0 if weight in buffers else math.prod(held.shape)
             if weight in ends:
                 self.embeddings += weight.nbytes
                 continue
@@ -402,7 +407,7 @@ def _build(config, settings: TrainSettings):
 def show(found: Plan, console: Console) -> None:
     """Print the parts as a table and, for a card, the ways to run there."""
     settings = found.settings
-    share = found.trainable_parameters / found.parameters
+    share = found.trainable_parameters / (found.parameters + found.trainable_parameters)
     how = f"batch {settings.micro_batch_size} x {settings.sequence_len:,} tokens, {settings.dtype}"
     table = Table(title=f"{settings.method} on {Path(settings.model).name}, {how}", title_justify="left")
     table.add_column("memory")
@@ -433,7 +438,7 @@ def show(found: Plan, console: Console) -> None:
     console.print(table)
     cheapest = found.cheapest
     if cheapest is None:
-        console.print("Nothing fits, not even one short sequence in 4 bits.")
+        console.print("Nothing fits, not even one short sequence.")
         return
     options = " ".join(map(_option, cheapest.changes, cheapest.changes.values()))
     console.print(

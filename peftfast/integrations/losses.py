@@ -11,6 +11,7 @@ it, once, as the model would have, with its gradient: code that reads logits get
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -84,7 +85,9 @@ def _forward(original: Callable) -> Callable:
 
     def forward(self, *args, **kwargs):
         labels = args[place - 1] if len(args) >= place else kwargs.get("labels")
-        return (original if labels is None else guarded)(self, *args, **kwargs)
+        # A derived class's forward that calls this one has seen to it.
+        plain = labels is None or _HeadForward.under_way(self.get_output_embeddings())
+        return (original if plain else guarded)(self, *args, **kwargs)
 
     return forward
 
@@ -102,13 +105,53 @@ def _without_logits(original: Callable, model: PreTrainedModel, *args, **kwargs)
         sources.append(_Source(model, _projection(head, x), x))
         return sources[-1].deferred()
 
-    head.__dict__["forward"] = forward  # `_why_not_call` has seen that it has none of its own
     try:
-        return original(model, *args, **kwargs)
+        with _HeadForward.running(head, forward):
+            return original(model, *args, **kwargs)
     finally:
-        del head.__dict__["forward"]
         for source in sources:
             source.model = None
+
+
+class _HeadForward:
+    """The forward of output embeddings while a model's runs: each thread's own, where threads share the model."""
+
+    _lock = threading.Lock()
+
+    def __init__(self, head: nn.Module) -> None:
+        self.head, self.users, self.of_thread = head, 0, threading.local()
+
+    def __call__(self, *args, **kwargs):
+        forward = getattr(self.of_thread, "forward", None)
+        return forward(*args, **kwargs) if forward else type(self.head).forward(self.head, *args, **kwargs)
+
+    @classmethod
+    def of(cls, head: nn.Module | None) -> _HeadForward | None:
+        forward = None if head is None else head.__dict__.get("forward")
+        return forward if isinstance(forward, cls) else None
+
+    @classmethod
+    def under_way(cls, head: nn.Module | None) -> bool:
+        """Whether a model's forward with it runs in this thread."""
+        forward = cls.of(head)
+        return forward is not None and getattr(forward.of_thread, "forward", None) is not None
+
+    @classmethod
+    @contextmanager
+    def running(cls, head: nn.Module, forward: Callable) -> Iterator[None]:
+        with cls._lock:
+            shared = cls.of(head) or cls(head)
+            shared.users += 1
+            head.__dict__["forward"] = shared  # `_why_not_call` has seen that it has none of its own
+        shared.of_thread.forward = forward
+        try:
+            yield
+        finally:
+            shared.of_thread.forward = None
+            with cls._lock:
+                shared.users -= 1
+                if shared.users == 0:
+                    del head.__dict__["forward"]
 
 
 # ---- the output embeddings ------------------------------------------------------------------------------
@@ -156,7 +199,7 @@ def _why_not_call(model: PreTrainedModel, *args, **kwargs) -> str | None:
         return "it has no output embeddings"
     if _has_any_global_hook():
         return "a global module hook is registered"
-    if not is_plain(head):
+    if not is_plain(head) and _HeadForward.of(head) is None:
         return "its output embeddings have hooks or a forward of their own"
     layer = _effective(head)
     if layer is not head and not is_plain(layer):
@@ -229,7 +272,9 @@ class _Source:
 
     def deferred(self) -> DeferredLogits:
         shape = (*self.hidden.shape[:-1], self.projection.weight.shape[0])
-        return DeferredLogits.make(self, shape, self.projection.dtype, self._logits, self.hidden, ())
+        return DeferredLogits.make(
+            self, shape, self.projection.dtype, self._logits, self.hidden, (), leaves=self.leaves
+        )
 
     def check(self) -> None:
         if not all(state.holds() for state in self.states):
@@ -296,10 +341,10 @@ class DeferredLogits(Tensor):
         return self
 
     @classmethod
-    def make(cls, source: _Source, *args) -> DeferredLogits:
-        if not (torch.is_grad_enabled() and source.leaves):
+    def make(cls, source: _Source, *args, leaves: list[Tensor]) -> DeferredLogits:
+        if not (torch.is_grad_enabled() and leaves):
             return cls(source, *args)
-        return _Edge.apply(partial(cls, source, *args), *source.leaves)
+        return _Edge.apply(partial(cls, source, *args), *leaves)
 
     def value(self) -> Tensor:
         """The tensor itself, computed with the settings of when it was due; once."""
@@ -383,6 +428,11 @@ def _values(arguments: Any, name: str) -> Any:
     return tree_map(value, arguments)
 
 
+def _leaves(part: Tensor) -> list[Tensor]:
+    """The tensors with gradients that it is made of."""
+    return part.source.leaves if isinstance(part, DeferredLogits) else [part] * part.requires_grad
+
+
 def _defer(deferred: DeferredLogits, name: str, func: Callable, args: tuple, kwargs: dict) -> Tensor | None:
     """What `func` makes of deferred logits, still deferred; or their cross-entropy; None where it needs values."""
     if deferred.source.read or deferred.hidden is None:
@@ -390,6 +440,7 @@ def _defer(deferred: DeferredLogits, name: str, func: Callable, args: tuple, kwa
     if name == "cross_entropy":
         return _cross_entropy(deferred, *args[1:], **kwargs)
     shape, dtype, hidden, steps = tuple(deferred.shape), deferred.dtype, deferred.hidden, deferred.steps
+    leaves = deferred.source.leaves
     if name in WIDTHS and len(args) == 1 and not kwargs:
         dtype = WIDTHS[name]
     elif name in ("to", "type") and len(args) == 2 and not kwargs and isinstance(args[1], torch.dtype):
@@ -413,18 +464,19 @@ def _defer(deferred: DeferredLogits, name: str, func: Callable, args: tuple, kwa
         if hidden is None:
             return None
         shape = (*hidden.shape[:-1], shape[-1])
-    elif name == "cat" and all(part.dtype == dtype for part in args[0]):
+    elif name == "cat" and kwargs.keys() <= {"dim"} and all(part.dtype == dtype for part in args[0]):
         dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
         shape = list(shape)
         shape[dim] = sum(part.shape[dim] for part in args[0])
         hidden = None
+        leaves = list({id(leaf): leaf for part in args[0] for leaf in _leaves(part)}.values())
     else:
         return None
 
     def compute() -> Tensor:
         return func(*_values(args, name), **_values(kwargs, name))
 
-    return DeferredLogits.make(deferred.source, shape, dtype, compute, hidden, steps)
+    return DeferredLogits.make(deferred.source, shape, dtype, compute, hidden, steps, leaves=leaves)
 
 
 WIDTHS = {"float": torch.float32, "double": torch.float64, "bfloat16": torch.bfloat16, "half": torch.float16}
