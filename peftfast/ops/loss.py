@@ -221,6 +221,7 @@ class _Refuse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
+        # Deliberate: training needs none, and the gradients that were computed with the loss know nothing of it.
         raise NotImplementedError(
             "peftfast.linear_cross_entropy has no second derivative; compute it with peftfast disabled."
         )
