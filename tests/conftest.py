@@ -3,11 +3,15 @@ import os
 # Before anything imports huggingface_hub: a test never reaches for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import hypothesis
 import pytest
 import torch
 
 import peftfast
 from peftfast.ops.devices import KERNEL_DEVICES, cuda_state
+
+
+hypothesis.settings.register_profile("fuzz", max_examples=10_000)  # --hypothesis-profile fuzz
 
 
 def pytest_addoption(parser):
