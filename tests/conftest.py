@@ -10,7 +10,6 @@ import torch
 import peftfast
 from peftfast.ops.devices import KERNEL_DEVICES, cuda_state
 
-
 hypothesis.settings.register_profile("fuzz", max_examples=10_000)  # --hypothesis-profile fuzz
 
 
