@@ -416,7 +416,10 @@ def test_split_is_disjoint_and_seeded():
     [
         (b'{"prompt": "a", "completion": "b"}\n{"prompt": \n', "line 2: not valid JSON"),
         (b'{"prompt": "a", "completion": "b"}\n\n[1]\n', "line 3: a line is a JSON object, not list"),
-        (b'{"query": "a", "reply": "b"}\n', 'line 1: the keys are "query", "reply"; wanted is one of {"prompt"'),
+        (
+            b'{"query": "a", "reply": "b"}\n',
+            'line 1: the keys are "query", "reply"; wanted is one of {"prompt"',
+        ),
         (b'{"prompt": "a"}\n', 'line 1: the keys are "prompt"'),
         (b"{}\n", "line 1: the keys are none"),
         (b'{"prompt": "a", "completion": 3}\n', 'line 1: "completion" is a string, not int'),

@@ -114,7 +114,9 @@ def _csv_rows(path: Path, content: str) -> Iterator[tuple[str, dict]]:
                 raise UserError(f"{where}: the line has not as many fields as the first one has names.")
             yield where, row
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: not valid CSV ({first_sentence(error)}).") from None
+        raise UserError(
+            f"{path}, line {reader.reader.line_num}: not valid CSV ({first_sentence(error)})."
+        ) from None
 
 
 def _read_folder(folder: Path, split: str, kind: str | None) -> list[dict]:
@@ -177,6 +179,9 @@ def _datasets(source: Path):
         import datasets
     except ImportError:
         raise UserError(f"{source}: reading it takes the library datasets: pip install datasets.") from None
+    import huggingface_hub
+
+    huggingface_hub.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     return datasets
