@@ -47,7 +47,7 @@ ALIASES = {
     "lr_scheduler": "lr_scheduler_type",
     "resume_from_checkpoint": "resume",
 }
-# Keys that ask for --method qlora where it says lora, with the values that do.
+# Keys that make qlora of lora, with the value that does.
 FOUR_BITS = {"load_in_4bit": True, "quantization_bit": 4}
 # What the types of data are called by axolotl; it knows more, each with a wording of its own.
 TYPES = {
@@ -57,16 +57,35 @@ TYPES = {
     "alpaca": "alpaca",
     "sharegpt": "sharegpt",
 } | {name: name for name in DATA_TYPES}
-# What example files switch off. That needs no doing; switched on, they are as unknown as any other key.
+# What axolotl's examples leave blank or switch off. With any other value, they are as unknown as other keys.
 SWITCHED_OFF = (
-    "load_in_8bit",
-    "fp16",
-    "tf32",
-    "strict",
-    "fsdp",
-    "deepspeed",
-    "wandb_project",
-    "hub_model_id",
+    *(
+        "load_in_8bit",
+        "fp16",
+        "tf32",
+        "strict",
+        "group_by_length",
+        "debug",
+        "xformers_attention",
+        "lora_model_dir",
+    ),
+    *(
+        "early_stopping_patience",
+        "dataset_prepared_path",
+        "special_tokens",
+        "local_rank",
+        "deepspeed",
+        "fsdp",
+    ),
+    *(
+        "fsdp_config",
+        "hub_model_id",
+        "wandb_project",
+        "wandb_entity",
+        "wandb_watch",
+        "wandb_name",
+        "wandb_log_model",
+    ),
 )
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
 
@@ -117,50 +136,50 @@ def _entries(path: Path) -> dict[str, object]:
 
 def _settings(path: Path, key: str, value: object) -> dict[str, object]:
     """Return what one key makes, by field; "four_bits" beside, of the keys in FOUR_BITS."""
-    if key in FOUR_BITS:
-        if value is not None and type(value) is not type(FOUR_BITS[key]):
-            raise UserError(f"{path}: {key} is {NAMES[type(FOUR_BITS[key])]}, not {value!r}.")
-        return {} if value is None else {"four_bits": value == FOUR_BITS[key]}
-    name = ALIASES.get(key, key)
-    if name not in FIELDS:
-        if key in SWITCHED_OFF and value in (None, False, ""):
-            return {}
-        known = [
-            alias
-            for alias in (*FIELDS, *ALIASES, *FOUR_BITS)
-            if ALIASES.get(alias, alias) in (*FIELDS, *FOUR_BITS)
-        ]
-        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
-        raise UserError(f"{path}: {key} is no setting of peftfast train; the nearest one is {nearest}.")
-    if key in ("adapter", "finetuning_type"):
-        return {
-            "method": _typed(path, key, "full" if value is None else value, str)
-        }  # axolotl's blank adapter
-    if value is None:
+    spelled = key.replace("-", "_")
+    name = ALIASES.get(spelled, spelled)
+    if spelled in SWITCHED_OFF and value in (None, False):
         return {}
+    if name not in FIELDS and name not in FOUR_BITS:
+        raise UserError(
+            f"{path}: {key} is no setting of peftfast train; the nearest one is {_nearest(spelled)}."
+        )
+    if value is None:  # as axolotl has it, without an adapter all is trained
+        return {"method": "full"} if name == "method" else {}
+    if name in FOUR_BITS:
+        told = _typed(path, key, value, type(FOUR_BITS[name]))
+        if told not in (FOUR_BITS[name], False):
+            raise UserError(f"{path}: {key} is {FOUR_BITS[name]}, not {value!r}.")
+        return {"four_bits": told == FOUR_BITS[name]}
     if name in ("data", "eval_file"):
         return _dataset(path, key, name, value)
-    if key == "lora_target_linear":
+    if spelled == "lora_target_linear":
         return {name: "all-linear"} if _typed(path, key, value, bool) else {}
-    if key == "bf16":
+    if spelled == "bf16":
         return {name: "bf16" if _bf16(path, key, value) else "fp32"}
     if name == "target_modules":
-        if isinstance(value, list):
-            return {name: ",".join(_typed(path, key, part, str) for part in value)}
-        return {name: "all-linear" if value == "all" else _typed(path, key, value, str)}
-    if key == "chat_template" and value == "tokenizer_default":
+        named = value if isinstance(value, list) else [value]
+        joined = ",".join(_typed(path, key, part, str) for part in named)
+        return {name: "all-linear" if joined == "all" else joined}
+    if name == "chat_template" and value == "tokenizer_default":
         return {}
-    kinds = typing.get_args(typing.get_args(FIELDS[name].type)[0]) or (typing.get_args(FIELDS[name].type)[0],)
-    return {name: _typed(path, key, value, *(kind for kind in kinds if kind is not type(None)))}
+    kind = typing.get_args(FIELDS[name].type)[0]  # of Annotated
+    return {name: _typed(path, key, value, *(typing.get_args(kind) or (kind,)))}
+
+
+def _nearest(key: str) -> str:
+    known = (name for name in ALIASES if ALIASES[name] in FIELDS)
+    return difflib.get_close_matches(key, [*FIELDS, *FOUR_BITS, *known], n=1, cutoff=0)[0]
 
 
 def _typed(path: Path, key: str, value: object, *kinds: type):
     """Return the value as one of the types that an option may have."""
+    kinds = tuple(kind for kind in kinds if kind is not type(None))
     for kind in kinds:
         if type(value) is kind:
             return value
         if kind is Path and isinstance(value, str):
-            return Path(value)
+            return Path(value).expanduser()
         if kind is float:
             try:  # 2e-4 is text in YAML, which wants 2.0e-4
                 if not isinstance(value, bool):
@@ -194,7 +213,7 @@ def _dataset(path: Path, key: str, name: str, value: object) -> dict[str, object
             )
         [entry] = value
     if isinstance(entry, str):
-        return {name: Path(entry)}
+        return {name: Path(entry).expanduser()}
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
         raise UserError(f"{path}: {key} is a path, or a list of one entry such as path: data.jsonl.")
     made: dict[str, object] = {}
@@ -214,7 +233,7 @@ def _dataset(path: Path, key: str, name: str, value: object) -> dict[str, object
                 raise UserError(f"{path}: type of {key} is {listed(tuple(TYPES))}, not {text!r}.")
             if TYPES[text] is not None:
                 made["data_type"] = TYPES[text]
-    return {name: Path(source)} | made
+    return {name: Path(source).expanduser()} | made
 
 
 def _in_four_bits(path: Path, settings: dict, origins: dict[str, str]) -> dict[str, object]:
