@@ -102,8 +102,8 @@ def trainer_of_rows() -> type:
 def check(model, settings: TrainSettings, stack: Callable, device) -> None:
     """Refuse a model that computes joined examples otherwise than each alone.
 
-    It is tried: two examples, joined in either order and by themselves. The difference may be a small part of that which
-    the examples make to each other as one text, so that rounding in any dtype passes.
+    It is tried: two examples, joined in either order and by themselves. The difference may be a small part of what the
+    examples make to each other as one text, so that rounding in any dtype passes.
 
     Raises:
         UserError: they see each other, or their positions do not begin anew.
