@@ -30,6 +30,7 @@ from peftfast.cli import data, main
 from peftfast.cli.answer import answer
 from peftfast.cli.errors import UserError
 from peftfast.cli.load import describe, expert_load
+from peftfast.cli.records import read_records
 from peftfast.cli.settings import LEARNING_RATES, TrainSettings
 from peftfast.cli.train import ANSWERS_FILE, PROFILE_FILE, RESULT_FILE, train
 from peftfast.demo.pretrain import build_tokenizer
@@ -342,7 +343,7 @@ def test_qlora_needs_no_bitsandbytes(model_folder, pairs, tmp_path):
 def test_text_is_cut_into_blocks(model_folder, tmp_path, tokenizer):
     path = tmp_path / "text.txt"
     path.write_text("Half a league, half a league, half a league onward.\n" * 4, encoding="utf-8")
-    examples = data.encode(data.read_records(path), tokenizer, 32)
+    examples = data.encode(read_records(path), tokenizer, 32)
     assert tokenizer.decode([token for example in examples for token in example.input_ids]) == (
         path.read_text() + tokenizer.eos_token
     )
@@ -415,7 +416,10 @@ def test_split_is_disjoint_and_seeded():
     [
         (b'{"prompt": "a", "completion": "b"}\n{"prompt": \n', "line 2: not valid JSON"),
         (b'{"prompt": "a", "completion": "b"}\n\n[1]\n', "line 3: a line is a JSON object, not list"),
-        (b'{"question": "a", "answer": "b"}\n', 'line 1: the keys are "question", "answer"'),
+        (
+            b'{"query": "a", "reply": "b"}\n',
+            'line 1: the keys are "query", "reply"; wanted is one of {"prompt"',
+        ),
         (b'{"prompt": "a"}\n', 'line 1: the keys are "prompt"'),
         (b"{}\n", "line 1: the keys are none"),
         (b'{"prompt": "a", "completion": 3}\n', 'line 1: "completion" is a string, not int'),
@@ -503,7 +507,7 @@ def test_bad_data_is_refused(model_folder, tmp_path, capsys, content, message):
         ("--seed", "-1", "--seed is at least 0"),
         ("--target-modules", "no_such_layer", "--target-modules no_such_layer"),
         ("--data", "missing.jsonl", "missing.jsonl does not exist"),
-        ("--data", "data.csv", "data files end in .jsonl or .txt"),
+        ("--data", "data.xml", "data files end in .jsonl, .json, .csv, .parquet or .txt"),
         ("--eval-file", "missing.jsonl", "missing.jsonl does not exist"),
         ("--json", "missing/record.json", "lies in one that does not exist"),
         ("--model", "./missing", "--model ./missing: there is no such folder"),
@@ -524,7 +528,7 @@ def test_bad_options_are_refused(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    (tmp_path / "data.csv").write_text("a,b\n")
+    (tmp_path / "data.xml").write_text("<data/>\n")
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")

@@ -24,10 +24,11 @@ from rich.table import Table
 from typer import Exit, Option
 
 from peftfast import demo
-from peftfast.cli import data, methods
+from peftfast.cli import methods
 from peftfast.cli.empty import adapted_model
 from peftfast.cli.errors import MethodError, UserError
 from peftfast.cli.model import load_config
+from peftfast.cli.records import read_records
 from peftfast.cli.settings import DTYPES, METHODS, METHODS_WITH, TrainSettings, listed, option
 from peftfast.cli.train import RESULT_FILE, check_output, check_record_file
 
@@ -146,11 +147,11 @@ def _earlier(settings: TrainSettings) -> dict | None:
     told = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
     if compared(told) != compared(result.get("settings", {})):
         return None
-    sources = [settings.data, *([settings.eval_file] if settings.eval_file else [])]
-    model = Path(settings.model).expanduser()
-    sources += [path for path in model.iterdir() if path.is_file()] if model.is_dir() else []
+    sources = [settings.data, Path(settings.model).expanduser()]
+    sources += [Path(path) for path in (settings.eval_file, settings.chat_template) if path]
+    files = [file for path in sources for file in (path, *path.rglob("*")) if file.is_file()]
     made = record.stat().st_mtime
-    return None if any(path.stat().st_mtime > made for path in sources) else result
+    return None if any(file.stat().st_mtime > made for file in files) else result
 
 
 def _train(settings: TrainSettings, console: Console) -> str | None:
@@ -566,8 +567,8 @@ def command(
             json_file.write_text(json.dumps(record | {"refused": refused}, indent=2) + "\n", encoding="utf-8")
         return
     runs, refused = runs_of(given, chosen, rates, out)
-    for path in {settings.data for settings in runs.values()}:
-        data.read_records(path)
+    settings = next(iter(runs.values()))  # data is what all have in common
+    read_records(settings.data, split=settings.data_split, kind=settings.data_type)
     comparison = compare(runs, out, console, overwrite=overwrite, refused=refused)
     show(comparison, console)
     try:

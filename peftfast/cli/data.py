@@ -1,25 +1,33 @@
-"""Read and check training data, and turn it into token ids.
-
-Three kinds of JSONL line are known, one kind to a file, and plain text:
-
-    {"prompt": "...", "completion": "..."}                     loss on the completion alone
-    {"messages": [{"role": "user", "content": "..."}, ...]}    chat template; loss on what the assistant says
-    {"text": "..."}                                            loss on everything
-    any .txt file                                              as one long text
-"""
+"""Turn records of training data into token ids."""
 
 from __future__ import annotations
 
-import json
 import random
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peftfast.cli.errors import UserError, first_sentence
 
 IGNORED = -100  # the label that cross entropy in torch and transformers leaves out
-KINDS = {"prompt": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
-EXPECTED = 'one of {"prompt", "completion"}, {"messages"} or {"text"}'
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # where a chat template marks what the assistant says
+CHAT_TEMPLATES = {
+    "chatml": (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+        "{% if message['role'] == 'assistant' %}"
+        "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+        "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "llama3": (
+        "{{ bos_token or '' }}{% for message in messages %}"
+        "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+        "{% if message['role'] == 'assistant' %}"
+        "{% generation %}{{ message['content'] | trim + '<|eot_id|>' }}{% endgeneration %}"
+        "{% else %}{{ message['content'] | trim + '<|eot_id|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -35,112 +43,62 @@ class Example:
     completion: str | None = None
 
 
-def read_records(path: Path) -> list[dict]:
-    """Return the checked lines of a .jsonl file, or a .txt file as one {"text"} record.
+def use_chat_template(tokenizer, template: str) -> None:
+    """Give the tokenizer a chat template: the Jinja text in a file, or one of CHAT_TEMPLATES.
 
     Raises:
-        UserError: the file is missing, empty or not UTF-8, or a line is malformed (named by its number).
+        UserError: there is no such file, or it holds no template.
     """
+    from jinja2 import TemplateError, TemplateSyntaxError
+
+    if template in CHAT_TEMPLATES:
+        tokenizer.chat_template = CHAT_TEMPLATES[template]
+        return
+    path = Path(template).expanduser()
     if not path.is_file():
-        raise UserError(f"{path} does not exist or is not a file.")
-    if path.suffix not in (".jsonl", ".txt"):
-        raise UserError(f"{path}: data files end in .jsonl or .txt.")
+        raise UserError(
+            f"--chat-template {template} is neither a file nor one of {', '.join(CHAT_TEMPLATES)}."
+        )
     try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {first_sentence(error)}.") from None
-    if not content.strip():
-        raise UserError(f"{path} is empty.")
-    if path.suffix == ".txt":
-        return [{"text": content}]
-    # Not splitlines(): JSON strings may hold line separators other than \n.
-    records: list[dict] = []
-    for number, line in enumerate(content.split("\n"), 1):
-        if line.strip():
-            records.append(_read_line(path, number, line))
-            if records[-1].keys() != records[0].keys():
-                raise UserError(
-                    f"{path}, line {number}: the keys are {_quoted(records[-1])} and those of the first line "
-                    f"{_quoted(records[0])}, but a file holds lines of one kind."
-                )
-    return records
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+    except (TemplateSyntaxError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--chat-template {template} is not a Jinja template: {first_sentence(error)}."
+        ) from None
+    except TemplateError:
+        return  # it may want other conversations than this
 
 
-def _read_line(path: Path, number: int, line: str) -> dict:
-    """Return one line's record, reduced to the keys of its kind."""
-    where = f"{path}, line {number}"
-    try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON ({first_sentence(error)}).") from None
-    if "\\ud" in line.lower() and _lone_surrogate(record):
-        raise UserError(f"{where}: a \\ud escape is without its other half, so the line is not valid text.")
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: a line is a JSON object, not {type(record).__name__}.")
-    for keys in KINDS.values():
-        if all(key in record for key in keys):
-            break
-    else:
-        raise UserError(f"{where}: the keys are {_quoted(record) or 'none'}; wanted is {EXPECTED}.")
-    record = {key: record[key] for key in keys}
-    if "messages" in record:
-        _check_messages(where, record["messages"])
-        return record
-    for key, value in record.items():
-        if not isinstance(value, str):
-            raise UserError(f'{where}: "{key}" is a string, not {type(value).__name__}.')
-        if not value:
-            raise UserError(f'{where}: "{key}" is empty.')
-    return record
-
-
-def _lone_surrogate(record: object) -> bool:
-    try:
-        json.dumps(record, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
-def _check_messages(where: str, messages: object) -> None:
-    """Refuse a conversation that is not a list of role and content, or in which no assistant speaks."""
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise UserError(f'{where}: "messages" is a list of objects.')
-    for message in messages:
-        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-            raise UserError(f'{where}: every message has a "role" and a "content", both strings.')
-    if not any(message["role"] == "assistant" for message in messages):
-        raise UserError(f'{where}: no message has the role "assistant", so there is nothing to learn.')
-
-
-def _quoted(record: dict) -> str:
-    return ", ".join(f'"{key}"' for key in record)
-
-
-def encode(records: list[dict], tokenizer, sequence_len: int) -> list[Example]:
+def encode(
+    records: list[dict], tokenizer, sequence_len: int, *, train_on_inputs: bool = False
+) -> list[Example]:
     """Return the records as examples of at most `sequence_len` tokens.
 
     Text is cut into blocks. A prompt/completion pair or a conversation that is longer loses its end, and is
-    left out if that is all there was to learn.
+    left out if that is all there was to learn. `train_on_inputs`: every token is learned, not the completion or what
+    the assistant says alone.
 
     Raises:
         UserError: nothing is left, or a conversation meets a tokenizer without a chat template.
     """
     if "messages" in records[0] and not getattr(tokenizer, "chat_template", None):
-        raise UserError('the model\'s tokenizer has no chat template, which {"messages"} data needs.')
+        raise UserError(
+            'the model\'s tokenizer has no chat template, which {"messages"} data needs: pass --chat-template.'
+        )
     examples = []
     for record in records:
         if "text" in record:
             examples += _blocks(_closed_ids(record["text"], tokenizer), sequence_len)
         elif "messages" in record:
-            examples.append(
-                _encode_parts(_chat_parts(record["messages"], tokenizer), tokenizer, sequence_len)
-            )
+            examples.append(_encode_chat(record["messages"], tokenizer, sequence_len))
         else:
             # The beginning-of-sequence token, where a model has one, is the prompt's.
             prompt = tokenizer(record["prompt"], verbose=False)["input_ids"]
             parts = [(prompt, False), (record["completion"], True), (_end(tokenizer), True)]
             examples.append(_encode_parts(parts, tokenizer, sequence_len, **record))
+    if train_on_inputs:
+        examples = [replace(example, labels=list(example.input_ids)) for example in examples]
     examples = [example for example in examples if any(label != IGNORED for label in example.labels[1:])]
     if not examples:
         raise UserError(
@@ -162,14 +120,6 @@ def pack(records: list[dict], tokenizer, sequence_len: int) -> list[Example]:
     if records and not blocks:
         raise UserError("the text is one token long: there is nothing to learn.")
     return blocks
-
-
-def check_raw_text(path: Path, records: list[dict]) -> None:
-    """Raise UserError unless the records are raw text, as --objective pretrain takes it."""
-    if "text" not in records[0]:
-        raise UserError(
-            f'{path}: --objective pretrain takes .txt files and lines with "text", not {_quoted(records[0])}.'
-        )
 
 
 def _end(tokenizer) -> list[int]:
@@ -198,12 +148,30 @@ def _encode_parts(parts, tokenizer, sequence_len: int, **texts: str) -> Example:
     return Example(input_ids[:sequence_len], labels[:sequence_len], **texts)
 
 
+def _encode_chat(messages: list[dict], tokenizer, sequence_len: int) -> Example:
+    if tokenizer.is_fast and GENERATION.search(tokenizer.get_chat_template()):
+        encoded = _apply_chat_template(
+            tokenizer,
+            messages,
+            tokenizer_kwargs={"verbose": False},
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        ids = list(encoded["input_ids"])
+        labels = [
+            token if learned else IGNORED
+            for token, learned in zip(ids, encoded["assistant_masks"], strict=True)
+        ]
+        return Example(ids[:sequence_len], labels[:sequence_len])
+    return _encode_parts(_chat_parts(messages, tokenizer), tokenizer, sequence_len)
+
+
 def _chat_parts(messages: list[dict], tokenizer) -> list[tuple[str, bool]]:
     """Cut a rendered conversation into what the assistant says, which is learned, and the rest."""
 
     def render(count: int, generation_prompt: bool) -> str:
-        return tokenizer.apply_chat_template(
-            messages[:count], tokenize=False, add_generation_prompt=generation_prompt
+        return _apply_chat_template(
+            tokenizer, messages[:count], tokenize=False, add_generation_prompt=generation_prompt
         )
 
     whole = render(len(messages), False)
@@ -217,6 +185,13 @@ def _chat_parts(messages: list[dict], tokenizer) -> list[tuple[str, bool]]:
         parts += [(whole[position : len(before)], False), (after[len(before) :], True)]
         position = len(after)
     return [*parts, (whole[position:], False)]
+
+
+def _apply_chat_template(tokenizer, messages: list[dict], **options):
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except Exception as error:  # whatever a template raises over a conversation, the two do not go together
+        raise UserError(f"the chat template fails on a conversation: {first_sentence(error)}.") from error
 
 
 def split(examples: list, share: float, seed: int, *, at_most: int) -> tuple[list, list]:

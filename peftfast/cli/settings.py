@@ -31,6 +31,15 @@ BOTTLENECK = {
     "scaling": "bottleneck_scaling",
 }
 PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
+# The columns by which training data is known.
+DATA_TYPES = {
+    "prompt": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "question": ("question", "answer"),
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "text": ("text",),
+}
 # The options that not every method has.
 METHODS_WITH = {
     **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "experts", "router"), LORAS),
@@ -64,7 +73,13 @@ class TrainSettings:
     """
 
     model: Annotated[str, Option(help="A model folder, or the name of a model on the hub.")]
-    data: Annotated[Path, Option(help="Training data: .jsonl or .txt.")]
+    data: Annotated[
+        Path,
+        Option(
+            help="Training data: a .jsonl, .json, .csv, .parquet or .txt file, a folder of them, or a data set of the "
+            "hub, name or name:config."
+        ),
+    ]
     out: Annotated[Path, Option(help="The folder that receives the adapter; must not exist or be empty.")]
     method: Annotated[
         str,
@@ -80,6 +95,30 @@ class TrainSettings:
             "and cut into full blocks, and with adapters (lora, qlora) embeddings and output head are trained too."
         ),
     ] = "fine-tune"
+    data_split: Annotated[
+        str | None,
+        Option(help="Of a folder or a data set of the hub: the split to train on; by default train."),
+    ] = None
+    data_type: Annotated[
+        str | None,
+        Option(
+            help=", ".join(DATA_TYPES)
+            + "; by default the first of which the columns are there: "
+            + "; ".join(", ".join(columns) for columns in DATA_TYPES.values())
+            + "."
+        ),
+    ] = None
+    chat_template: Annotated[
+        str | None,
+        Option(help="In place of the tokenizer's own: a Jinja file, chatml or llama3. The result keeps it."),
+    ] = None
+    train_on_inputs: Annotated[
+        bool,
+        Option(
+            "--train-on-inputs/--no-train-on-inputs",
+            help="Loss on prompts too, and on all that is said, not on completions and the assistant alone.",
+        ),
+    ] = False
     backend: Annotated[str, Option(help="peftfast, or peft for PEFT's own forwards.")] = "peftfast"
     lora_r: Annotated[int, Option(help="Rank of the adapters.")] = 16
     lora_alpha: Annotated[float, Option(help="Adapters are scaled by lora_alpha / lora_r.")] = 32
@@ -136,6 +175,13 @@ class TrainSettings:
     micro_batch_size: Annotated[int, Option(help="Sequences per forward pass.")] = 8
     gradient_accumulation_steps: Annotated[int, Option(help="Forward passes per optimizer step.")] = 1
     sequence_len: Annotated[int, Option(help="Tokens per sequence, at most.")] = 1024
+    sample_packing: Annotated[
+        bool,
+        Option(
+            "--sample-packing/--no-sample-packing",
+            help="Join examples to sequences of nearly --sequence-len tokens, in which none sees another.",
+        ),
+    ] = False
     dtype: Annotated[
         str,
         Option(help="Of the frozen model and its products, with full of the products alone: fp32 or bf16."),
@@ -146,7 +192,10 @@ class TrainSettings:
         bool | None,
         Option("--double-quant/--no-double-quant", help="qlora: scales in 8 bits too; by default they are."),
     ] = None
-    eval_file: Annotated[Path | None, Option(help="Held-out data; overrides --eval-share.")] = None
+    eval_file: Annotated[Path | None, Option(help="Held-out data, as --data; overrides --eval-share.")] = None
+    eval_split: Annotated[
+        str | None, Option(help="The split to hold out: of --eval-file, or else of --data.")
+    ] = None
     eval_share: Annotated[float, Option(help="Share of the data to hold out, in [0, 1).")] = 0.1
     max_eval_examples: Annotated[int, Option(help="Held-out examples to use, at most.")] = 500
     seed: Annotated[int, Option(help="Seed of everything random.")] = 0
@@ -162,6 +211,7 @@ class TrainSettings:
             "dtype": DTYPES,
             "quant_type": (None, *FOURBIT_CODEBOOKS),
             "blocksize": (None, *FOURBIT_BLOCKSIZES),
+            "data_type": (None, *DATA_TYPES),
             "bottleneck_placement": (None, *PLACEMENTS),
         }.items():
             value = getattr(self, name)
@@ -226,9 +276,14 @@ class TrainSettings:
         if self.objective != "pretrain":
             if self.embedding_learning_rate is not None:
                 raise UserError("--embedding-learning-rate goes with --objective pretrain.")
-        elif self.method not in PRETRAINED:
+            return
+        if self.method not in PRETRAINED:
             raise UserError(
                 f"--objective pretrain goes with --method {listed(PRETRAINED)}, not with --method {self.method}."
+            )
+        if self.sample_packing:
+            raise UserError(
+                "--sample-packing goes with --objective fine-tune: pretrain fills its blocks itself."
             )
 
     @property

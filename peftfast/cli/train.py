@@ -16,19 +16,24 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated
 
 from rich.console import Console
 from rich.table import Table
+from typer import Argument, Context
 
-from peftfast.cli import data, methods
+from peftfast.cli import data, methods, packing
 from peftfast.cli.answer import answer
+from peftfast.cli.config_file import read_config
 from peftfast.cli.errors import UserError, first_sentence
 from peftfast.cli.experts import balanced, experts_of
 from peftfast.cli.load import describe, expert_load, recorded
 from peftfast.cli.model import is_local_model, load_model, load_tokenizer
-from peftfast.cli.settings import DTYPES, TrainSettings
+from peftfast.cli.records import check_raw_text, read_records
+from peftfast.cli.settings import DTYPES, TrainSettings, option
 
 RESULT_FILE = "train_result.json"
 ANSWERS_FILE = "held_out_answers.jsonl"
@@ -110,12 +115,15 @@ def train(settings: TrainSettings, console: Console | None = None) -> TrainResul
     """
     console = console or Console(quiet=True)
     check_output(settings)
-    records = data.read_records(settings.data)
-    held_out_records = data.read_records(settings.eval_file) if settings.eval_file else None
+    records = read_records(settings.data, split=settings.data_split, kind=settings.data_type)
+    held_out_records = None
+    if settings.eval_file or settings.eval_split:
+        held_out_data = settings.eval_file or settings.data
+        held_out_records = read_records(held_out_data, split=settings.eval_split, kind=settings.data_type)
     if settings.objective == "pretrain":
-        data.check_raw_text(settings.data, records)
+        check_raw_text(settings.data, records)
         if held_out_records:
-            data.check_raw_text(settings.eval_file, held_out_records)
+            check_raw_text(held_out_data, held_out_records)
     local = is_local_model(settings.model)
 
     import huggingface_hub
@@ -126,6 +134,8 @@ def train(settings: TrainSettings, console: Console | None = None) -> TrainResul
     transformers.logging.disable_progress_bar()
     with console.status("Loading the model"):
         tokenizer = load_tokenizer(settings.model, local)
+        if settings.chat_template:
+            data.use_chat_template(tokenizer, settings.chat_template)
         examples, held_out = _examples(settings, tokenizer, records, held_out_records)
         model = load_model(
             settings.model, methods.weights_dtype(settings), local, methods.four_bit_config(settings)
@@ -137,7 +147,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> TrainResul
 def _examples(settings: TrainSettings, tokenizer, records, held_out_records) -> tuple[list, list]:
     """Return the training and the held-out examples."""
     pretrain = settings.objective == "pretrain"
-    encode = data.pack if pretrain else data.encode
+    encode = data.pack if pretrain else partial(data.encode, train_on_inputs=settings.train_on_inputs)
 
     def split(examples: list) -> tuple[list, list]:
         return data.split(examples, settings.eval_share, settings.seed, at_most=settings.max_eval_examples)
@@ -176,10 +186,13 @@ def _fine_tune(
         model = adapted.model
         folder = stack.enter_context(_folder_written_at_once(settings))
         memory = _optimizer_memory()
-        trainer = _build_trainer(settings, model, tokenizer, examples, str(folder), console)
+        collate = _collator(settings, tokenizer, adapted)
+        trainer = _build_trainer(settings, model, tokenizer, collate, examples, str(folder), console)
+        if settings.sample_packing:
+            packing.check(model, settings, collate, trainer.args.device)
         trainer.add_callback(memory)
         with methods.before_training(model):
-            before, _ = _evaluate(trainer, tokenizer, held_out, console)
+            before, _ = _evaluate(settings, trainer, tokenizer, held_out, console)
         _reset_peak_memory()
         started = time.perf_counter()
         # Where the model's loss is already that of an optimizer step, each of its parts adds the balancing loss whole.
@@ -198,7 +211,7 @@ def _fine_tune(
         losses = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
         if not all(math.isfinite(loss) for _, loss in losses):
             raise _diverged(settings, "the loss is not finite")
-        after, answers = _evaluate(trainer, tokenizer, held_out, console)
+        after, answers = _evaluate(settings, trainer, tokenizer, held_out, console)
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         trainable, held = sum(weight.numel() for weight in trained), methods.base_size(model)[0]
         _save(model, settings, folder)
@@ -289,22 +302,32 @@ def _batches(settings: TrainSettings, tokenizer, examples: list[data.Example]) -
     from transformers import DataCollatorForSeq2Seq
 
     count = min(PROFILED_EXAMPLES, len(examples))
-    rows = _as_rows(random.Random(settings.seed).sample(examples, count))
+    rows = _rows(random.Random(settings.seed).sample(examples, count))
     collate = DataCollatorForSeq2Seq(tokenizer)
     for start in range(0, count, settings.micro_batch_size):
         batch = collate(rows[start : start + settings.micro_batch_size])
         yield {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
-def _build_trainer(settings: TrainSettings, model, tokenizer, examples, folder: str, console: Console):
-    import torch
-    from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
+def _collator(settings: TrainSettings, tokenizer, adapted: methods.Adapted):
+    from transformers import DataCollatorForSeq2Seq
 
+    if settings.sample_packing:
+        routed = adapted.experts is not None or settings.method == "mixture"
+        return packing.Stack(tokenizer.pad_token_id, flat=routed)
+    return DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8)
+
+
+def _build_trainer(
+    settings: TrainSettings, model, tokenizer, collate, examples, folder: str, console: Console
+):
+    import torch
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
+    rows = _training_rows(settings, examples)
     steps = settings.max_steps or math.ceil(
         settings.epochs
-        * math.ceil(
-            math.ceil(len(examples) / settings.micro_batch_size) / settings.gradient_accumulation_steps
-        )
+        * math.ceil(math.ceil(len(rows) / settings.micro_batch_size) / settings.gradient_accumulation_steps)
     )
     autocast = settings.method == "full" and settings.dtype == "bf16"
     arguments = TrainingArguments(
@@ -330,11 +353,12 @@ def _build_trainer(settings: TrainSettings, model, tokenizer, examples, folder: 
     )
     # The padding side is the trainer's affair: on the right, the positions of a sequence start at 0.
     tokenizer.padding_side = "right"
-    trainer = Trainer(
+    kind = packing.trainer_of_rows() if settings.sample_packing else Trainer
+    trainer = kind(
         model=model,
         args=arguments,
-        train_dataset=_as_rows(examples),
-        data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8),
+        train_dataset=rows,
+        data_collator=collate,
         callbacks=[_progress_callback(console)],
         optimizers=(_optimizer(settings, model, arguments), None),
     )
@@ -360,7 +384,14 @@ def _optimizer(settings: TrainSettings, model, arguments):
     return kind(groups, **options)
 
 
-def _as_rows(examples: list[data.Example]) -> list[dict]:
+def _training_rows(settings: TrainSettings, examples: list[data.Example]) -> list[dict]:
+    """Return what the collator takes: an example each, or several that are joined."""
+    if settings.sample_packing:
+        return [packing.join(row) for row in packing.rows_of(examples, settings.sequence_len)]
+    return _rows(examples)
+
+
+def _rows(examples: list[data.Example]) -> list[dict]:
     return [
         {
             "input_ids": example.input_ids,
@@ -425,7 +456,7 @@ def _optimizer_memory():
     return OptimizerMemory()
 
 
-def _evaluate(trainer, tokenizer, held_out: list[data.Example], console: Console):
+def _evaluate(settings: TrainSettings, trainer, tokenizer, held_out: list[data.Example], console: Console):
     """Return the model's Evaluation and, for prompt/completion data, its answers as records."""
     if not held_out:
         return None, []
@@ -434,9 +465,9 @@ def _evaluate(trainer, tokenizer, held_out: list[data.Example], console: Console
     model = trainer.model.eval()
     total, count = 0.0, 0
     with console.status("Evaluating"), torch.no_grad():
-        for batch in trainer.get_eval_dataloader(_as_rows(held_out)):
+        for batch in trainer.get_eval_dataloader(_training_rows(settings, held_out)):
             learned = int((batch["labels"][:, 1:] != data.IGNORED).sum())
-            total += model(**batch, use_cache=False).loss.item() * learned
+            total += model(**packing.model_inputs(batch), use_cache=False).loss.item() * learned
             count += learned
         loss = total / count
         answers = []
@@ -576,17 +607,41 @@ def mebibytes(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB"
 
 
-def command(**options) -> None:
+def command(context: Context, config: Path | None = None, **options) -> None:
     """Fine-tune a causal language model, or go on pre-training it: with adapters of any kind, experts and routers
     included, or whole. The adapter is plain PEFT's, except a mixture of LoRAs, a bottleneck adapter and adapters on
     chosen experts."""
     # What one library tells another about its next version is no news to the user.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    told = read_config(config) if config else {}
+    told |= {
+        name: value for name, value in options.items() if context.get_parameter_source(name).name != "DEFAULT"
+    }
+    for field in dataclasses.fields(TrainSettings):
+        if field.default is dataclasses.MISSING and field.name not in told:
+            raise UserError(
+                f"Missing option '{option(field.name)}'{f', or {field.name} in {config}' if config else ''}."
+            )
     console = Console()
-    result = train(TrainSettings(**options), console)
+    result = train(TrainSettings(**told), console)
     show(result, console)
 
 
-# One list of settings: the command's options are the fields above.
-command.__signature__ = inspect.signature(TrainSettings)
-command.__annotations__ = {name: field.type for name, field in TrainSettings.__dataclass_fields__.items()}
+def _signature() -> inspect.Signature:
+    """One list of settings: the command's options are the fields of TrainSettings, any of which a file may hold."""
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    told = Argument(
+        help="A YAML file of settings, which options override; without it, model, data and out are needed."
+    )
+    parameters = [
+        inspect.Parameter("context", keyword, annotation=Context),
+        inspect.Parameter("config", keyword, default=None, annotation=Annotated[Path | None, told]),
+    ]
+    for field in dataclasses.fields(TrainSettings):
+        default = None if field.default is dataclasses.MISSING else field.default
+        parameters.append(inspect.Parameter(field.name, keyword, default=default, annotation=field.type))
+    return inspect.Signature(parameters)
+
+
+command.__signature__ = _signature()
+command.__annotations__ = {name: p.annotation for name, p in command.__signature__.parameters.items()}
