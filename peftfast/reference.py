@@ -277,6 +277,77 @@ def fourbit_linear(
     return y + lora_linear(x, zero, lora_A, lora_B, scaling, dropout=dropout, seed=seed)
 
 
+def fourbit_embedding(ids: Tensor, weight: FourBitWeight, dtype: torch.dtype | None = None) -> Tensor:
+    """The rows `ids` of a 4-bit weight; see `peftfast.ops.fourbit_embedding`."""
+    return fourbit_dequantize(weight, dtype)[ids]
+
+
+# ---- 8-bit weights ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EightBitWeight:
+    """A weight in bitsandbytes' row-wise 8-bit format: row i is codes[i] * absmax[i] / 127.
+
+    Attributes:
+        codes: int8 [N, K] in [-127, 127]; "CB" to bitsandbytes.
+        absmax: float32 [N], the largest magnitude of each row; "SCB".
+    """
+
+    codes: Tensor
+    absmax: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.codes.shape)
+
+    def to(self, device: torch.device | str) -> EightBitWeight:
+        """The same weight with its tensors on `device`."""
+        return EightBitWeight(self.codes.to(device), self.absmax.to(device))
+
+    @property
+    def nbytes(self) -> int:
+        """What its tensors take in memory."""
+        return self.codes.nbytes + self.absmax.nbytes
+
+
+def eightbit_quantize(weight: Tensor) -> EightBitWeight:
+    """`weight` [N, K] in 8 bits; see `peftfast.ops.eightbit_quantize`."""
+    rows = weight.detach().float()
+    absmax = rows.abs().amax(1) if rows.numel() else rows.new_zeros(len(rows))
+    # A row of zeros, and one so small that its scale overflows, where bitsandbytes casts NaN and infinity to int8.
+    scaled = (rows * (127.0 / absmax).unsqueeze(1)).nan_to_num(0.0)
+    return EightBitWeight(scaled.round_().clamp_(-127, 127).to(torch.int8), absmax)
+
+
+def eightbit_dequantize(weight: EightBitWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """code * absmax / 127 in fp32, rounded once to `dtype`; the division is bitsandbytes' multiplication."""
+    rows = weight.codes.to(torch.float32) * weight.absmax.unsqueeze(1)
+    return rows.mul_(7.874015718698502e-3).to(dtype)
+
+
+def eightbit_linear(
+    x: Tensor,
+    weight: EightBitWeight,
+    lora_A: Tensor | Sequence[Tensor] = (),
+    lora_B: Tensor | Sequence[Tensor] = (),
+    scaling: float | Tensor | Sequence[float | Tensor] = (),
+    *,
+    bias: Tensor | None = None,
+    dropout: float | Sequence[float] = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """`lora_linear` over an 8-bit weight; see `peftfast.ops.eightbit_linear`."""
+    return lora_linear(
+        x, eightbit_dequantize(weight, x.dtype), lora_A, lora_B, scaling, bias=bias, dropout=dropout, seed=seed
+    )
+
+
+def eightbit_embedding(ids: Tensor, weight: EightBitWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The rows `ids` of an 8-bit weight; see `peftfast.ops.eightbit_embedding`."""
+    return eightbit_dequantize(weight, dtype)[ids]
+
+
 # ---- groups of rows ------------------------------------------------------------------------------------------
 
 
@@ -384,7 +455,7 @@ def bottleneck_adapter(
 
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor | FourBitWeight,
+    weight: Tensor | FourBitWeight | EightBitWeight,
     labels: Tensor,
     *,
     bias: Tensor | None = None,
@@ -407,6 +478,8 @@ def linear_cross_entropy(
     adapters = dict(bias=bias, dropout=dropout, seed=seed)
     if isinstance(weight, Tensor):
         logits = lora_linear(hidden, weight, lora_A, lora_B, scaling, **adapters)
+    elif isinstance(weight, EightBitWeight):
+        logits = eightbit_linear(hidden, weight, lora_A, lora_B, scaling, **adapters)
     else:
         logits = fourbit_linear(
             hidden, weight, lora_A, lora_B, scaling, compute_dtype=compute_dtype, **adapters
