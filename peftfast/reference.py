@@ -339,7 +339,14 @@ def eightbit_linear(
 ) -> Tensor:
     """`lora_linear` over an 8-bit weight; see `peftfast.ops.eightbit_linear`."""
     return lora_linear(
-        x, eightbit_dequantize(weight, x.dtype), lora_A, lora_B, scaling, bias=bias, dropout=dropout, seed=seed
+        x,
+        eightbit_dequantize(weight, x.dtype),
+        lora_A,
+        lora_B,
+        scaling,
+        bias=bias,
+        dropout=dropout,
+        seed=seed,
     )
 
 

@@ -248,7 +248,7 @@ def _embeddings(model, settings: TrainSettings) -> tuple[dict, bool]:
     embeddings = embeddings_of(model)
     for name, module in embeddings.items():
         if not module.weight.is_floating_point():
-            raise UserError(f"--objective pretrain: {name}, which it trains, is in 4 bits.")
+            raise UserError(f"--objective pretrain: {name}, which it trains, is quantized.")
     for name in settings.target_modules.split(","):
         if any(f".{place}".endswith(f".{name.strip()}") for place in embeddings):
             raise UserError(f"--target-modules {name.strip()}: --objective pretrain trains it whole.")
@@ -326,28 +326,32 @@ def check_quantization(settings: TrainSettings, model) -> None:
     """Refuse a checkpoint that is in 4 bits already, and in others than were asked for."""
     held = quantization(model)
     for argument, name in QUANTIZATION.items():
-        value = getattr(settings, name)
-        if value is not None and value != held[argument]:
+        value, its = getattr(settings, name), held.get(argument, "dense")
+        if value is not None and value != its:
             raise UserError(
-                f"{option(name)} asks for {value}, but the model is in 4 bits already, "
-                f"and there it is {held[argument]}."
+                f"{option(name)} asks for {value}, but the model is in 4 bits already, and there it is {its}."
             )
 
 
 def quantization(model) -> dict | None:
     """Return how the model's weights are kept in 4 bits, as arguments of FourBitConfig."""
+    import torch
+
     from peftfast import FourBitConfig
 
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     if not isinstance(config, FourBitConfig):
         return None
-    return {argument: getattr(config, argument) for argument in QUANTIZATION} | {
-        "compute_dtype": str(config.compute_dtype).removeprefix("torch.")
+    how = {argument: getattr(config, argument) for argument in (*QUANTIZATION, "compute_dtype")}
+    return {
+        argument: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+        for argument, value in how.items()
+        if value is not None
     }
 
 
 def quantized(model) -> dict[str, int]:
-    """Return how many weights of each kind are in 4 bits: "linear layer", "expert projection"."""
+    """Return how many weights of each kind are in 4 bits: "linear layer", "embedding", "expert projection"."""
     import peftfast
 
     return dict(Counter(peftfast.report(model).fourbit.values()))
@@ -356,11 +360,11 @@ def quantized(model) -> dict[str, int]:
 def base_size(model) -> tuple[int, int]:
     """Return the parameters of a model without adapters, and the bytes that they take."""
     from peftfast.integrations.experts import FourBitExperts
-    from peftfast.nn import Linear4bit
+    from peftfast.nn.quantized import QuantizedLayer
 
     packed = {}
     for module in model.modules():
-        if isinstance(module, Linear4bit):
+        if isinstance(module, QuantizedLayer):
             packed[module.weight] = module.quantized_weight
         elif isinstance(module, FourBitExperts):
             packed |= {getattr(module, name): module.fourbit_weight(name) for name in module.fourbit_weights}

@@ -11,6 +11,7 @@ from typing import Annotated
 from typer import Option
 
 from peftfast.cli.errors import MethodError, UserError
+from peftfast.nn.embeddings import EMBEDDINGS
 from peftfast.reference import FOURBIT_BLOCKSIZES, FOURBIT_CODEBOOKS
 
 LORAS = ("lora", "qlora", "mixture")
@@ -23,7 +24,12 @@ ROUTERS = ("freeze", "train")
 PROFILE = "profile:"  # of --experts: what comes before the share
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 # Options by the argument of the configuration that they go to: FourBitConfig, MixtureLoraConfig, BottleneckConfig.
-QUANTIZATION = {"quant_type": "quant_type", "blocksize": "blocksize", "nested": "double_quant"}
+QUANTIZATION = {
+    "quant_type": "quant_type",
+    "blocksize": "blocksize",
+    "nested": "double_quant",
+    "embeddings": "embeddings",
+}
 MIXTURE = {"num_experts": "mixture_experts", "top_k": "mixture_top_k"}
 BOTTLENECK = {
     "placement": "bottleneck_placement",
@@ -146,6 +152,10 @@ class TrainSettings:
         bool | None,
         Option("--double-quant/--no-double-quant", help="qlora: scales in 8 bits too; by default they are."),
     ] = None
+    embeddings: Annotated[
+        str | None,
+        Option(help="qlora: embeddings and output head in 4bit or 8bit; by default they stay dense."),
+    ] = None
     eval_file: Annotated[Path | None, Option(help="Held-out data; overrides --eval-share.")] = None
     eval_share: Annotated[float, Option(help="Share of the data to hold out, in [0, 1).")] = 0.1
     max_eval_examples: Annotated[int, Option(help="Held-out examples to use, at most.")] = 500
@@ -162,6 +172,7 @@ class TrainSettings:
             "dtype": DTYPES,
             "quant_type": (None, *FOURBIT_CODEBOOKS),
             "blocksize": (None, *FOURBIT_BLOCKSIZES),
+            "embeddings": (None, *EMBEDDINGS),
             "bottleneck_placement": (None, *PLACEMENTS),
         }.items():
             value = getattr(self, name)
@@ -229,6 +240,10 @@ class TrainSettings:
         elif self.method not in PRETRAINED:
             raise UserError(
                 f"--objective pretrain goes with --method {listed(PRETRAINED)}, not with --method {self.method}."
+            )
+        elif self.embeddings is not None:
+            raise UserError(
+                f"--embeddings {self.embeddings}: --objective pretrain trains the embeddings, which stay dense."
             )
 
     @property

@@ -53,8 +53,8 @@ class FourBitConfig(QuantizationConfigMixin):
     A dense checkpoint is quantized while it loads, tensor by tensor; experts after transformers has stacked those of a
     projection. Of one that is in 4 bits already, the bytes stay as they are, and of this configuration only
     `compute_dtype` is used; experts that bitsandbytes left dense stay dense. What `save_pretrained` writes,
-    bitsandbytes reads, unless there are experts in 4 bits or quantized embeddings, which it has no form for: experts are
-    written stacked, and config.json then asks for this configuration.
+    bitsandbytes reads, unless there are experts in 4 bits or quantized embeddings, which it has no form for: they are
+    written, experts stacked, and config.json then asks for this configuration.
 
     Args:
         quant_type: "nf4" or "fp4".
@@ -175,9 +175,7 @@ class FourBitHfQuantizer(HfQuantizer):
         embeddings = self._embeddings(model) if config.embeddings else {}
         for name, module in embeddings.items():
             format = dict(quant_type=config.quant_type, blocksize=config.blocksize, nested=config.nested)
-            layer = counterpart(
-                module, name, config.embeddings, compute_dtype=config.compute_dtype, **format
-            )
+            layer = counterpart(module, name, config.embeddings, compute_dtype=config.compute_dtype, **format)
             self._put(model, name, layer, module.weight)
         if config.skip_modules is not None:
             tied = model.all_tied_weights_keys
@@ -478,7 +476,9 @@ def _merge(
     asked = quantization_config_from_args.embeddings
     if asked not in (None, config.embeddings):
         held = "are dense" if config.embeddings is None else f"are in {config.embeddings[0]} bits"
-        raise ValueError(f"embeddings={asked!r} was asked for, but the checkpoint is quantized already: they {held}.")
+        raise ValueError(
+            f"embeddings={asked!r} was asked for, but the checkpoint is quantized already: they {held}."
+        )
     config.compute_dtype = quantization_config_from_args.compute_dtype or config.compute_dtype
     return config
 
@@ -521,9 +521,7 @@ def _resize_token_embeddings(
         ValueError: embeddings that are quantized would have to change.
     """
     embeddings = self.get_input_embeddings()
-    quantized = any(
-        isinstance(end, QuantizedLayer) for end in (embeddings, self.get_output_embeddings())
-    )
+    quantized = any(isinstance(end, QuantizedLayer) for end in (embeddings, self.get_output_embeddings()))
     multiple = args[0] if args else kwargs.get("pad_to_multiple_of")
     if not quantized or (new_num_tokens is None and multiple is None):
         return original(self, new_num_tokens, *args, **kwargs)
@@ -533,8 +531,8 @@ def _resize_token_embeddings(
         wanted = math.ceil(wanted / multiple) * multiple
     if wanted != count:
         raise ValueError(
-            f"resize_token_embeddings: the embeddings or the output head of this {type(self).__name__} are quantized and "
-            f"stay {count} rows; resize and save the dense model, then load it with FourBitConfig."
+            f"resize_token_embeddings: the embeddings or the output head of this {type(self).__name__} are quantized "
+            f"and stay {count} rows; resize and save the dense model, then load it with FourBitConfig."
         )
     return embeddings
 

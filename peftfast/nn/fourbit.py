@@ -249,8 +249,8 @@ class Embedding4bit(FourBitLayer, QuantizedEmbedding):
     """`nn.Embedding` with a frozen weight in bitsandbytes' 4-bit format; only rows that are asked for are dequantized.
 
     The bytes are those of `bitsandbytes.nn.Embedding4bit`, which cannot be saved; the `state_dict` is laid out as that
-    of `Linear4bit`. A row need not be a whole number of blocks. `Embedding4bit(...)` is empty until `load_state_dict` or
-    `set_weight` fills it; `from_embedding` makes one that is filled.
+    of `Linear4bit`. A row need not be a whole number of blocks. `Embedding4bit(...)` is empty until `load_state_dict`
+    or `set_weight` fills it; `from_embedding` makes one that is filled.
 
     Attributes:
         weight: uint8 [num_embeddings * embedding_dim / 2, 1], two codes to a byte, frozen.

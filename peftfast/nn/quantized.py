@@ -86,6 +86,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate a dense weight
         self.in_features, self.out_features = in_features, out_features
+        self.register_parameter("weight", None)  # in a state_dict before the bias
         self.register_parameter("bias", None)
         if bias:
             self.share_bias(torch.empty(out_features, dtype=dtype, device=device))
@@ -152,7 +153,9 @@ def check_embedding(embedding: nn.Module, name: str) -> None:
     if type(embedding) is not nn.Embedding:
         raise TypeError(f"{name} must be a dense torch.nn.Embedding, got {type(embedding).__name__}.")
     if embedding.max_norm is not None:
-        raise ValueError(f"{name} has max_norm, which changes its weight as it is used: it cannot be quantized.")
+        raise ValueError(
+            f"{name} has max_norm, which changes its weight as it is used: it cannot be quantized."
+        )
 
 
 def check_dense(weight: Tensor, name: str) -> None:

@@ -225,4 +225,6 @@ def check_weight(weight: EightBitWeight, name: str = "weight") -> None:
             f"{name}: absmax has shape {list(weight.absmax.shape)}, expected [{len(weight.codes)}]: one to a row."
         )
     if weight.absmax.device != weight.codes.device:
-        raise ValueError(f"{name}: absmax is on {weight.absmax.device}, but codes is on {weight.codes.device}.")
+        raise ValueError(
+            f"{name}: absmax is on {weight.absmax.device}, but codes is on {weight.codes.device}."
+        )

@@ -135,7 +135,9 @@ def fourbit_embedding(ids: Tensor, weight: FourBitWeight, dtype: torch.dtype | N
     # So many columns share a scale, in every row alike: a row need not begin with a block.
     blocksize = math.gcd(columns, weight.blocksize)
     first = (flat * (columns // blocksize)).unsqueeze(1)
-    blocks = (first + torch.arange(columns // blocksize, device=ids.device)) // (weight.blocksize // blocksize)
+    blocks = (first + torch.arange(columns // blocksize, device=ids.device)) // (
+        weight.blocksize // blocksize
+    )
     absmax, nested = weight.absmax[blocks], weight.nested
     if nested is not None:
         absmax = nested.code[absmax.long()] * nested.absmax[blocks // nested.blocksize] + nested.offset
