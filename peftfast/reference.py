@@ -322,7 +322,7 @@ def eightbit_quantize(weight: Tensor) -> EightBitWeight:
 
 def eightbit_dequantize(weight: EightBitWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """code * absmax / 127 in fp32, rounded once to `dtype`; the division is bitsandbytes' multiplication."""
-    rows = weight.codes.to(torch.float32) * weight.absmax.unsqueeze(1)
+    rows = weight.codes.detach().to(torch.float32).mul_(weight.absmax.unsqueeze(1))
     return rows.mul_(7.874015718698502e-3).to(dtype)
 
 
