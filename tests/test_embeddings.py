@@ -3,6 +3,7 @@
 import copy
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,9 @@ from transformers import (
 
 import peftfast
 from peftfast import FourBitConfig, reference
+from peftfast.cli.errors import UserError
+from peftfast.cli.settings import TrainSettings
+from peftfast.cli.train import train
 from peftfast.nn import (
     Embedding4bit,
     Embedding8bit,
@@ -291,7 +295,9 @@ def test_set_weight_tells_its_error(how):
     layer = made(how)
     dense = torch.randn(64, 48)
     error = layer.set_weight(dense)
-    assert error == pytest.approx((layer.dequantize(torch.float32) - dense).norm() / dense.norm(), rel=1e-5)
+    assert error == pytest.approx(
+        float((layer.dequantize(torch.float32) - dense).norm() / dense.norm()), rel=1e-5
+    )
     before = layer.dequantize(torch.float32)
     for wrong, message in ((torch.zeros(3, 3), "dense has shape"), (dense * float("nan"), "not finite")):
         with pytest.raises(ValueError, match=message):
@@ -456,7 +462,7 @@ def test_the_bytes_are_those_of_the_model_in_memory(how, tmp_path):
         memory.lm_head.compute_dtype = model.lm_head.compute_dtype
     assert_same_state(model.state_dict(), memory.state_dict())
     assert model.model.embed_tokens(IDS).dtype == torch.bfloat16
-    assert model.get_memory_footprint() < load(tmp_path / "dense-tied").get_memory_footprint() / 4
+    assert model.get_memory_footprint() < load(tmp_path / "dense-tied").get_memory_footprint() / 3
 
 
 @pytest.mark.parametrize("how", BITS)
@@ -593,3 +599,92 @@ def test_checkpointed_and_generating(how, tmp_path):
     model.gradient_checkpointing_disable()
     out = model.eval().generate(input_ids=IDS[:, :4], max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert out.shape == (1, 7)
+
+
+# ---- what is saved for backward ---------------------------------------------------------------------------------
+
+
+class Saved:
+    """The tensors that are saved for backward while it is on, with the innermost module that ran."""
+
+    def __init__(self, model):
+        self.found, self.running = [], []
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(lambda *_, name=name: self.running.append(name))
+            module.register_forward_hook(lambda *_: self.running.pop() and None, always_call=True)
+
+    def pack(self, tensor):
+        self.found.append((self.running[-1] if self.running else "", tensor.detach()))
+        return tensor
+
+    def __enter__(self):
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.hooks.__exit__(*error)
+
+
+@pytest.mark.parametrize("how", [None, *BITS])
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_model_in_bf16_keeps_nothing_in_fp32_but_what_its_norms_do(method, how, tmp_path):
+    """fp32 of the size of the hidden states, or of a matrix of the model."""
+    build("untied").bfloat16().save_pretrained(tmp_path)
+    model = load(tmp_path, FourBitConfig(embeddings=how) if method == "qlora" else None, dtype=torch.bfloat16)
+    if method == "lora" and how is not None:
+        quantize_embeddings(model, how)
+    model = adapted(model, target_modules="all-linear")
+    ids = torch.arange(48)[None]  # more rows than any module has features, so that a size tells what it is
+    with peftfast.enabled():
+        recorder = Saved(model.get_base_model().model)  # not the head, whose hooks would need the logits
+        with recorder as saved:
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        assert peftfast.report(model).losses[0].fast
+    wide = [(name, t) for name, t in saved.found if t.dtype == torch.float32 and t.numel() >= 48 * 48]
+    assert {name.rpartition(".")[2] for name, _ in wide} == {
+        "input_layernorm",
+        "post_attention_layernorm",
+        "norm",
+    }
+    assert len(saved.found) > 50 and all(t.numel() == 48 * 48 for _, t in wide)
+
+
+# ---- peftfast train -----------------------------------------------------------------------------------------------
+
+
+DEMO = Path(peftfast.__file__).parent / "demo"
+
+
+def train_on_the_demo(folder, **options):
+    lines = (DEMO / "train.jsonl").read_text().splitlines()[:16]
+    (folder / "data.jsonl").write_text("\n".join(lines))
+    common = dict(method="qlora", max_steps=2, micro_batch_size=4, sequence_len=64, eval_share=0.25)
+    files = dict(data=folder / "data.jsonl", out=folder / "out")
+    return train(TrainSettings(**dict(model=str(DEMO / "base_model")) | files | common | options))
+
+
+@pytest.mark.parametrize("how", BITS)
+def test_train_with_quantized_embeddings(how, tmp_path):
+    result = train_on_the_demo(tmp_path, embeddings=how)
+    assert result.quantization["embeddings"] == how
+    assert result.quantized.get("embedding", 0) == (how == "4bit")
+    assert "without logits" in result.report and f"{how[0]}-bit: " in result.report
+    dense = train_on_the_demo(tmp_path, overwrite=True)
+    assert "embeddings" not in dense.quantization and result.parameters == dense.parameters
+    assert result.base_bytes < dense.base_bytes
+    assert abs(result.before.loss - dense.before.loss) < 0.2
+
+
+def test_train_refuses(tmp_path):
+    load(DEMO / "base_model", FourBitConfig()).save_pretrained(tmp_path / "model")
+    for options, message in (
+        (dict(embeddings="3bit"), "--embeddings is one of 4bit, 8bit, not '3bit'"),
+        (dict(embeddings="4bit", method="lora"), "--embeddings goes with --method qlora"),
+        (dict(embeddings="4bit", objective="pretrain"), "trains the embeddings, which stay dense"),
+        (dict(embeddings="8bit", model=str(tmp_path / "model")), "quantized already: they are dense"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train_on_the_demo(tmp_path, **options)
+    assert not (tmp_path / "out").exists()

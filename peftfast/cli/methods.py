@@ -326,28 +326,25 @@ def check_quantization(settings: TrainSettings, model) -> None:
     """Refuse a checkpoint that is in 4 bits already, and in others than were asked for."""
     held = quantization(model)
     for argument, name in QUANTIZATION.items():
-        value, its = getattr(settings, name), held.get(argument, "dense")
-        if value is not None and value != its:
+        value = getattr(settings, name)
+        if value is not None and value != held.get(argument, "dense"):
             raise UserError(
-                f"{option(name)} asks for {value}, but the model is in 4 bits already, and there it is {its}."
+                f"{option(name)} asks for {value}, but the model is in 4 bits already, "
+                f"and there it is {held.get(argument, 'dense')}."
             )
 
 
 def quantization(model) -> dict | None:
     """Return how the model's weights are kept in 4 bits, as arguments of FourBitConfig."""
-    import torch
-
     from peftfast import FourBitConfig
 
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     if not isinstance(config, FourBitConfig):
         return None
-    how = {argument: getattr(config, argument) for argument in (*QUANTIZATION, "compute_dtype")}
-    return {
-        argument: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
-        for argument, value in how.items()
-        if value is not None
-    }
+    how = {argument: getattr(config, argument) for argument in QUANTIZATION}
+    if config.embeddings is None:
+        del how["embeddings"]
+    return how | {"compute_dtype": str(config.compute_dtype).removeprefix("torch.")}
 
 
 def quantized(model) -> dict[str, int]:

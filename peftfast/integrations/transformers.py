@@ -426,8 +426,9 @@ class _Deserialize(_Fill):
             module.assign(quantized)
             return module.weight
         if list(state) != [""]:
+            bits = 8 if eightbit.SCALES in state else 4
             raise ValueError(
-                f"{name} is quantized in the checkpoint, but dense in the model: see skip_modules."
+                f"{name} is in {bits} bits in the checkpoint, but dense in the model: see skip_modules."
             )
         return _cast(state[""], model, name)
 
