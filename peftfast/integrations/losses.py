@@ -97,13 +97,15 @@ def _without_logits(original: Callable, model: PreTrainedModel, *args, **kwargs)
     head, sources = model.get_output_embeddings(), []
 
     def forward(*args, **kwargs) -> Tensor:
-        (x, *more), options = _after_pre_hooks(head, args, kwargs)
-        reason = "its output embeddings were given more than their input" if more or options else None
-        reason = reason or _why_not_input(head, x)
+        given, more = _after_pre_hooks(head, args, kwargs)
+        if len(given) != 1 or more:
+            reason = "its output embeddings were given more than their input"
+        else:
+            reason = _why_not_input(head, given[0])
         if reason is not None:
             forwards.fall_back(model, NAME, reason)
             return type(head).forward(head, *args, **kwargs)
-        sources.append(_Source(model, _projection(head, x), x))
+        sources.append(_Source(model, _projection(head, *given), *given))
         return sources[-1].deferred()
 
     try:
@@ -184,7 +186,7 @@ class _Projection:
     seed: Tensor | None
 
     def tensors(self) -> list[Tensor]:
-        parts = vars(self.weight).values() if not isinstance(self.weight, Tensor) else [self.weight]
+        parts = [self.weight] if isinstance(self.weight, Tensor) else vars(self.weight).values()
         parts = (*parts, self.bias, *self.lora_A, *self.lora_B, *self.scaling)
         return [part for part in parts if isinstance(part, Tensor)]
 
