@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    PromptTuningInit,
+    get_peft_model,
+)
 from safetensors.torch import load_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -109,7 +116,7 @@ def test_an_embedding_in_4_bits_is_that_of_bitsandbytes():
     theirs.load_state_dict(dense.state_dict())
     theirs = theirs.to("cpu")
     ours = Embedding4bit.from_embedding(dense, nested=False)
-    assert torch.equal(ours.weight, theirs.weight.data)
+    assert torch.equal(ours.weight, theirs.weight.data.view(70, 32))
     assert torch.equal(ours(IDS), theirs(IDS))
 
 
@@ -140,11 +147,11 @@ def test_rows_are_looked_up_bit_for_bit(columns, blocksize, nested, dtype):
 
 
 def test_only_the_rows_that_are_asked_for_are_decoded():
-    embedding, ids = nn.Embedding(16_000, 512), torch.arange(256)  # 31 MiB, of which half of one is asked for
+    embedding, ids = nn.Embedding(10_000, 512), torch.arange(256)  # 20 MiB, of which half of one is asked for
     for kind in (Embedding4bit, Embedding8bit):
         look_up = partial(kind.from_embedding(embedding), ids)
         look_up()
-        assert peak_memory(look_up) < 8 << 20
+        assert peak_memory(look_up) < 6 << 20
 
 
 # ---- the linear layer in 8 bits -----------------------------------------------------------------------------
@@ -216,7 +223,6 @@ def test_autocast_and_a_second_derivative():
 
 def test_compiled_and_without_memory():
     torch._dynamo.reset()
-    model = quantize_embeddings(small(), "8bit", names=["embedding", "head"])
     for how in BITS:
         model = quantize_embeddings(small(), how, names=["embedding", "head"])
         compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -226,6 +232,16 @@ def test_compiled_and_without_memory():
             assert out.shape == (2, 5, 64) and out.dtype == torch.float32
         meta = model.to("meta")
         assert meta.embedding.weight.is_meta and meta.embedding.is_empty and meta.head.is_empty
+
+
+@pytest.mark.parametrize("how", BITS)
+def test_a_weight_without_values_has_its_size(how):
+    model = quantize_embeddings(small(), how, names=["embedding"])
+    held = model.embedding.quantized_weight
+    model.embedding.assign(held.to("meta"))
+    model.head.share(model.embedding)
+    assert not model.head.is_empty and model.head.quantized_weight.nbytes == held.nbytes
+    assert model.embedding(IDS.to("meta")).shape == (1, 12, 48)
 
 
 # ---- the layers ---------------------------------------------------------------------------------------------
@@ -589,6 +605,23 @@ def test_an_adapter_on_quantized_embeddings_does_not_merge(how, tmp_path):
 
 
 @pytest.mark.parametrize("how", BITS)
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PromptEncoderConfig])
+def test_prompts_before_quantized_embeddings(kind, how, tmp_path):
+    model = loaded("tied", tmp_path, how)
+    options = dict(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    if kind is PromptTuningConfig:
+        options["prompt_tuning_init"] = PromptTuningInit.SAMPLE_VOCAB
+    model = get_peft_model(model, kind(**options))
+    assert model.word_embeddings is model.get_base_model().model.embed_tokens
+    _, expected = step(model)
+    with peftfast.enabled():
+        _, gradients = step(model)
+    assert gradients
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("how", BITS)
 def test_checkpointed_and_generating(how, tmp_path):
     model = adapted(loaded("tied", tmp_path, how))
     expected = step(model)
@@ -668,21 +701,20 @@ DEMO = Path(peftfast.__file__).parent / "demo"
 def train_on_the_demo(folder, **options):
     lines = (DEMO / "train.jsonl").read_text().splitlines()[:16]
     (folder / "data.jsonl").write_text("\n".join(lines))
-    common = dict(method="qlora", max_steps=2, micro_batch_size=4, sequence_len=64, eval_share=0.25)
+    common = dict(method="qlora", max_steps=1, micro_batch_size=2, sequence_len=64, eval_share=0)
     files = dict(data=folder / "data.jsonl", out=folder / "out")
     return train(TrainSettings(**dict(model=str(DEMO / "base_model")) | files | common | options))
 
 
-@pytest.mark.parametrize("how", BITS)
-def test_train_with_quantized_embeddings(how, tmp_path):
-    result = train_on_the_demo(tmp_path, embeddings=how)
-    assert result.quantization["embeddings"] == how
-    assert result.quantized.get("embedding", 0) == (how == "4bit")
-    assert "without logits" in result.report and f"{how[0]}-bit: " in result.report
-    dense = train_on_the_demo(tmp_path, overwrite=True)
-    assert "embeddings" not in dense.quantization and result.parameters == dense.parameters
-    assert result.base_bytes < dense.base_bytes
-    assert abs(result.before.loss - dense.before.loss) < 0.2
+def test_train_with_quantized_embeddings(tmp_path):
+    dense, *quantized = (train_on_the_demo(tmp_path, embeddings=how, overwrite=True) for how in (None, *BITS))
+    assert "embeddings" not in dense.quantization
+    for how, result in zip(BITS, quantized):
+        assert result.quantization["embeddings"] == how
+        assert result.quantized.get("embedding", 0) == (how == "4bit")
+        assert "without logits" in result.report and f"{how[0]}-bit: " in result.report
+        assert result.parameters == dense.parameters and result.base_bytes < dense.base_bytes
+        assert 0 < abs(result.losses[0][1] - dense.losses[0][1]) < 0.5
 
 
 def test_train_refuses(tmp_path):

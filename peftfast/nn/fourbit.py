@@ -37,7 +37,7 @@ class FourBitLayer(QuantizedLayer):
     """Keeps a weight in bitsandbytes' 4-bit format.
 
     Attributes:
-        weight: uint8 [ceil(rows * columns / 2), 1], two codes to a byte, frozen.
+        weight: uint8 of `packed_shape`, two codes to a byte, frozen.
         quant_type: "nf4" or "fp4".
         blocksize: elements of the flattened weight to one scale; a power of two from 32 to 4096.
         nested: whether the scales are quantized too, to 8 bits ("double quantization").
@@ -47,10 +47,15 @@ class FourBitLayer(QuantizedLayer):
 
     def _init_weight(self, quant_type: str, blocksize: int, nested: bool, device) -> None:
         self.quant_type, self.blocksize, self.nested = quant_type, blocksize, nested
-        size = (math.prod(self.shape) + 1) // 2
-        packed = torch.empty(size, 1, dtype=torch.uint8, device=device)
+        packed = torch.empty(self.packed_shape, dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(packed, requires_grad=False)
         self._quantized: FourBitWeight | None = None  # its `packed` is `weight`
+
+    @property
+    def packed_shape(self) -> tuple[int, int]:
+        """bitsandbytes' [bytes, 1]; of an embedding [num_embeddings, bytes to a row], by which PEFT finds one."""
+        rows, columns = self.shape
+        return (rows, columns // 2) if isinstance(self, nn.Embedding) else ((rows * columns + 1) // 2, 1)
 
     @property
     def is_empty(self) -> bool:
@@ -85,7 +90,7 @@ class FourBitLayer(QuantizedLayer):
 
     def assign(self, quantized: FourBitWeight) -> None:
         """Makes `quantized`, of this layer's shape, the weight: shared and not copied, in a new parameter."""
-        packed = quantized.packed.detach().reshape(-1).view(torch.uint8).unsqueeze(1)
+        packed = quantized.packed.detach().reshape(-1).view(torch.uint8).view(self.packed_shape)
         self.weight = nn.Parameter(packed, requires_grad=False)
         self._quantized = replace(quantized, packed=self.weight)
         self.quant_type, self.blocksize = quantized.quant_type, quantized.blocksize
@@ -248,12 +253,12 @@ class Linear4bit(FourBitLayer, QuantizedLinear):
 class Embedding4bit(FourBitLayer, QuantizedEmbedding):
     """`nn.Embedding` with a frozen weight in bitsandbytes' 4-bit format; only rows that are asked for are dequantized.
 
-    The bytes are those of `bitsandbytes.nn.Embedding4bit`, which cannot be saved; the `state_dict` is laid out as that
-    of `Linear4bit`. A row need not be a whole number of blocks. `Embedding4bit(...)` is empty until `load_state_dict`
-    or `set_weight` fills it; `from_embedding` makes one that is filled.
+    The bytes are those of `bitsandbytes.nn.Embedding4bit`, which cannot be saved; the entries of the `state_dict` are
+    those of `Linear4bit`. A row need not be a whole number of blocks. `Embedding4bit(...)` is empty until
+    `load_state_dict` or `set_weight` fills it; `from_embedding` makes one that is filled.
 
     Attributes:
-        weight: uint8 [num_embeddings * embedding_dim / 2, 1], two codes to a byte, frozen.
+        weight: uint8 [num_embeddings, embedding_dim / 2], two codes to a byte, frozen.
         dtype: of what comes out; casting the module changes it.
         quant_type, blocksize, nested: as in `Linear4bit`.
     """
