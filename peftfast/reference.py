@@ -7,7 +7,7 @@ autograd's. Nothing here is written for speed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -158,23 +158,25 @@ class FourBitWeight:
     blocksize: int = 64
     nested: NestedAbsmax | None = None
 
+    def tensors(self) -> list[Tensor]:
+        """All of it that is in memory."""
+        nested = [self.nested.absmax, self.nested.code, self.nested.offset] if self.nested else []
+        return [self.packed, self.absmax, *nested]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> FourBitWeight:
+        """The same weight with what `function` makes of each of its tensors."""
+        packed, absmax, *nested = map(function, self.tensors())
+        how = replace(self.nested, **dict(zip(("absmax", "code", "offset"), nested))) if nested else None
+        return replace(self, packed=packed, absmax=absmax, nested=how)
+
     def to(self, device: torch.device | str) -> FourBitWeight:
         """The same weight with its tensors on `device`."""
-        nested = self.nested and replace(
-            self.nested,
-            absmax=self.nested.absmax.to(device),
-            code=self.nested.code.to(device),
-            offset=self.nested.offset.to(device),
-        )
-        return replace(self, packed=self.packed.to(device), absmax=self.absmax.to(device), nested=nested)
+        return self.map(lambda tensor: tensor.to(device))
 
     @property
     def nbytes(self) -> int:
         """What its tensors take in memory."""
-        tensors = [self.packed, self.absmax]
-        if self.nested:
-            tensors += [self.nested.absmax, self.nested.code, self.nested.offset]
-        return sum(tensor.nbytes for tensor in tensors)
+        return sum(tensor.nbytes for tensor in self.tensors())
 
 
 def dynamic_code() -> Tensor:
@@ -275,6 +277,92 @@ def fourbit_linear(
     # The adapters see x as it is, the base sees it in compute_dtype.
     zero = x.new_zeros(weight.shape)
     return y + lora_linear(x, zero, lora_A, lora_B, scaling, dropout=dropout, seed=seed)
+
+
+def fourbit_embedding(ids: Tensor, weight: FourBitWeight, dtype: torch.dtype | None = None) -> Tensor:
+    """The rows `ids` of a 4-bit weight; see `peftfast.ops.fourbit_embedding`."""
+    return fourbit_dequantize(weight, dtype)[ids]
+
+
+# ---- 8-bit weights ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EightBitWeight:
+    """A weight in bitsandbytes' row-wise 8-bit format: row i is codes[i] * absmax[i] / 127.
+
+    Attributes:
+        codes: int8 [N, K] in [-127, 127]; "CB" to bitsandbytes.
+        absmax: float32 [N], the largest magnitude of each row; "SCB".
+    """
+
+    codes: Tensor
+    absmax: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.codes.shape)
+
+    def tensors(self) -> list[Tensor]:
+        """All of it that is in memory."""
+        return [self.codes, self.absmax]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> EightBitWeight:
+        """The same weight with what `function` makes of each of its tensors."""
+        return EightBitWeight(function(self.codes), function(self.absmax))
+
+    def to(self, device: torch.device | str) -> EightBitWeight:
+        """The same weight with its tensors on `device`."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    @property
+    def nbytes(self) -> int:
+        """What its tensors take in memory."""
+        return self.codes.nbytes + self.absmax.nbytes
+
+
+def eightbit_quantize(weight: Tensor) -> EightBitWeight:
+    """`weight` [N, K] in 8 bits; see `peftfast.ops.eightbit_quantize`."""
+    rows = weight.detach().float()
+    absmax = rows.abs().amax(1) if rows.numel() else rows.new_zeros(len(rows))
+    # A row of zeros, and one so small that its scale overflows, where bitsandbytes casts NaN and infinity to int8.
+    scaled = (rows * (127.0 / absmax).unsqueeze(1)).nan_to_num(0.0)
+    return EightBitWeight(scaled.round_().clamp_(-127, 127).to(torch.int8), absmax)
+
+
+def eightbit_dequantize(weight: EightBitWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """code * absmax / 127 in fp32, rounded once to `dtype`; the division is bitsandbytes' multiplication."""
+    rows = weight.codes.detach().to(torch.float32).mul_(weight.absmax.unsqueeze(1))
+    return rows.mul_(7.874015718698502e-3).to(dtype)
+
+
+def eightbit_linear(
+    x: Tensor,
+    weight: EightBitWeight,
+    lora_A: Tensor | Sequence[Tensor] = (),
+    lora_B: Tensor | Sequence[Tensor] = (),
+    scaling: float | Tensor | Sequence[float | Tensor] = (),
+    *,
+    bias: Tensor | None = None,
+    dropout: float | Sequence[float] = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """`lora_linear` over an 8-bit weight; see `peftfast.ops.eightbit_linear`."""
+    return lora_linear(
+        x,
+        eightbit_dequantize(weight, x.dtype),
+        lora_A,
+        lora_B,
+        scaling,
+        bias=bias,
+        dropout=dropout,
+        seed=seed,
+    )
+
+
+def eightbit_embedding(ids: Tensor, weight: EightBitWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The rows `ids` of an 8-bit weight; see `peftfast.ops.eightbit_embedding`."""
+    return eightbit_dequantize(weight, dtype)[ids]
 
 
 # ---- groups of rows ------------------------------------------------------------------------------------------
@@ -384,7 +472,7 @@ def bottleneck_adapter(
 
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor | FourBitWeight,
+    weight: Tensor | FourBitWeight | EightBitWeight,
     labels: Tensor,
     *,
     bias: Tensor | None = None,
@@ -407,6 +495,8 @@ def linear_cross_entropy(
     adapters = dict(bias=bias, dropout=dropout, seed=seed)
     if isinstance(weight, Tensor):
         logits = lora_linear(hidden, weight, lora_A, lora_B, scaling, **adapters)
+    elif isinstance(weight, EightBitWeight):
+        logits = eightbit_linear(hidden, weight, lora_A, lora_B, scaling, **adapters)
     else:
         logits = fourbit_linear(
             hidden, weight, lora_A, lora_B, scaling, compute_dtype=compute_dtype, **adapters

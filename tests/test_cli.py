@@ -817,6 +817,7 @@ def test_embeddings_train_in_float32_in_a_model_of_bf16(tokenizer, texts, tmp_pa
     weights = load_file(tmp_path / "out" / "adapter_model.safetensors")
     after = weights["base_model.model.model.embed_tokens.weight"]
     assert after.dtype == torch.float32
+    assert "loss of base_model.model: without logits" in result.report
     assert 0 < (after - base).abs().max() < 3e-6  # bfloat16 could not hold it
     assert ((after != base).float().mean()) > 0.5
 

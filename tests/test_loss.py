@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 import peftfast
 from peftfast import ops, reference
-from peftfast.integrations.losses import DeferredLogits
-from peftfast.ops import fourbit_quantize, linear_cross_entropy, loss
-from peftfast.testing import assert_as_accurate, bytes_saved_for_backward, relative_error
+from peftfast.integrations.losses import DeferredLogits, _some
+from peftfast.ops import eightbit, eightbit_quantize, fourbit_quantize, linear_cross_entropy, loss
+from peftfast.testing import assert_as_accurate, bytes_saved_for_backward, peak_memory, relative_error
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NAMES = ["hidden", "weight", "bias", "lora_A", "lora_B"]
@@ -126,6 +126,38 @@ def test_a_head_in_4_bits(dtype, compute_dtype, small_chunks):
     eager = results(reference.linear_cross_entropy, inputs, **options)
     for name, value in results(linear_cross_entropy, inputs, **options).items():
         assert_as_accurate(value, eager[name], exact[name], slack=3e-7, name=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_head_in_8_bits(dtype, reduction, small_chunks, monkeypatch):
+    monkeypatch.setattr(eightbit, "PANEL", 500)  # several, in both directions
+    inputs = tensors(dtype, hidden=64)
+    wide = torch.float32 if dtype == torch.float64 else dtype
+    inputs["weight"] = eightbit_quantize(inputs["weight"].to(wide))
+    options = dict(trained=["hidden", "bias", "lora_A", "lora_B"], reduction=reduction)
+    exact = results(reference.linear_cross_entropy, inputs, torch.float64, **options)
+    eager = results(reference.linear_cross_entropy, inputs, **options)
+    luck = {torch.bfloat16: 2e-3, torch.float16: 3e-4}.get(dtype, 3e-7)  # of the loss, a single number
+    for name, value in results(linear_cross_entropy, inputs, **options).items():
+        slack = luck if name == "loss" else 3e-7
+        assert_as_accurate(value, eager[name], exact[name], slack=slack, name=name)
+
+
+@pytest.mark.parametrize("quantize", [fourbit_quantize, eightbit_quantize])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_quantized_head_is_never_decoded_whole(quantize, dtype, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_BYTES_CPU", 4 << 20)
+    monkeypatch.setattr(eightbit, "PANEL", 1 << 18)
+    vocabulary, hidden = 40_000, 256  # 39 MiB in float32; the logits of all rows 10
+    head = quantize(torch.ones(vocabulary, hidden))
+    x, labels = torch.randn(64, hidden, dtype=dtype, requires_grad=True), torch.arange(64)
+
+    def step():
+        linear_cross_entropy(x, head, labels).backward()
+
+    step()
+    assert peak_memory(step) < 19 << 20
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -480,6 +512,49 @@ def test_a_model_whose_head_is_in_4_bits(adapters):
     if adapters:
         model = randomize(get_peft_model(model, LoraConfig(r=4, target_modules=["lm_head"])))
     assert_same_step(model)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("how", ["4bit", "8bit"])
+@pytest.mark.parametrize("architecture", ["tied", "llama", "gpt2"])
+def test_a_model_whose_embeddings_are_quantized(architecture, how, adapters):
+    model = peftfast.nn.quantize_embeddings(language_model(architecture), how)
+    if adapters:
+        targets = [
+            name for name, _ in model.named_modules() if name.endswith(("q_proj", "c_attn", "lm_head"))
+        ]
+        model = randomize(get_peft_model(model, LoraConfig(r=4, target_modules=targets)))
+    assert_same_step(model)
+
+
+def cast(module, args):
+    return (args[0].float(),)
+
+
+def cast_by_name(module, args, kwargs):
+    return tuple(arg.float() for arg in args), kwargs
+
+
+def look(module, args):
+    return None
+
+
+@pytest.mark.parametrize("hook", [cast, cast_by_name, look])
+@pytest.mark.parametrize("outer", [False, True])
+def test_hooks_that_see_the_input_of_the_head(hook, outer):
+    model = adapted(torch.float32 if hook is look else torch.bfloat16, modules_to_save=["lm_head"])
+    head = model.get_output_embeddings()
+    inner = head.modules_to_save["default"].float()
+    (head if outer else inner).register_forward_pre_hook(hook, with_kwargs=hook is cast_by_name)
+    assert_same_step(model, tolerance=2e-6 if hook is look else 3e-2)
+
+
+@pytest.mark.parametrize("shape", [(5000,), (63, 63), (3, 200, 4096), (1, 100, 63), (2, 2, 2, 2), (0, 4), ()])
+def test_some_values(shape):
+    tensor = torch.arange(torch.Size(shape).numel()).view(shape)
+    some = _some(tensor)
+    assert min(tensor.numel(), 100) <= some.numel() <= 1000
+    assert torch.isin(some, tensor).all() and some.unique().numel() == some.numel()
 
 
 def test_some_logits_to_keep():

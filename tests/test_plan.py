@@ -288,3 +288,27 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="its config.json cannot be read"):
         plan(PlanSettings(str(tmp_path)))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("embeddings", ["4bit", "8bit"])
+def test_quantized_embeddings_are_planned(tmp_path, embeddings, tied):
+    LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=2,
+        num_attention_heads=4, tie_word_embeddings=tied,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    dense = PlanSettings(str(tmp_path), "qlora", dtype="fp32", sequence_len=64)
+    found = plan(replace(dense, embeddings=embeddings))
+    model = real_model(dense)
+    peftfast.nn.quantize_embeddings(model.get_base_model(), embeddings)
+    held = model.get_base_model().get_input_embeddings().quantized_weight.nbytes
+    assert found.memory.embeddings == (1 if tied else 2) * held
+    assert found.parameters == plan(dense).parameters
+    assert found.memory.total < plan(dense).memory.total
+
+
+def test_options_of_four_bits_are_not_those_of_the_dense_way(llama):
+    found = plan(
+        PlanSettings(llama, "qlora", quant_type="fp4", embeddings="8bit", sequence_len=64), gpu="8GB"
+    )
+    assert {way.changes.get("method", "qlora") for way in found.choices} == {"qlora", "lora"}

@@ -24,11 +24,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import masking_utils
 
 import peftfast
-from peftfast.cli.empty import empty_fourbit
 from peftfast.cli.experts import experts_of
-from peftfast.integrations.experts import FourBitExperts, fourbit_weights
-from peftfast.nn import Linear4bit
-from peftfast.ops import FourBitWeight
+from peftfast.integrations.experts import quantized_parameters, quantized_weights
+from peftfast.nn.quantized import QuantizedLayer
 
 PARTS = ("gradients", "activations", "logits", "workspace")
 
@@ -237,30 +235,28 @@ def _without_memory(model: nn.Module) -> None:
             made[tensor] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
         return made[tensor]
 
+    first: dict[Tensor, QuantizedLayer] = {}
     for module in model.modules():
+        quantized = {name: weight.map(fake) for name, weight in quantized_weights(module).items()}
         for held in (module._parameters, module._buffers):
             held.update({name: fake(tensor) for name, tensor in held.items() if tensor is not None})
-        if isinstance(module, Linear4bit):
-            module.assign(_fake_fourbit(module.quantized_weight))
-        elif isinstance(module, FourBitExperts):
-            for name in list(module.fourbit_weights):
-                module.set_fourbit_weight(name, _fake_fourbit(module.fourbit_weights[name]))
-
-
-def _fake_fourbit(weight: FourBitWeight) -> FourBitWeight:
-    how = weight.quant_type, weight.blocksize, weight.nested is not None
-    return empty_fourbit(weight.shape, weight.dtype, *how, device="cpu")
+        if isinstance(module, QuantizedLayer):
+            owner = first.setdefault(module.weight, module)
+            if owner is module:
+                module.assign(quantized["weight"])
+            else:
+                module.share(owner)
+        else:
+            for name, weight in quantized.items():
+                module.set_fourbit_weight(name, weight)
 
 
 def _tensors(model: nn.Module) -> Iterable[Tensor]:
     """All that is in memory before a step begins, but the optimizer."""
     yield from model.parameters()
     yield from model.buffers()
-    for module in model.modules():
-        for weight in fourbit_weights(module).values():
-            yield from (weight.packed, weight.absmax)
-            if weight.nested:
-                yield from (weight.nested.absmax, weight.nested.code, weight.nested.offset)
+    for weight in quantized_parameters(model).values():
+        yield from weight.tensors()
 
 
 # ---- layers that are alike ---------------------------------------------------------------------------------

@@ -53,41 +53,59 @@ def adapted_model(config, settings: TrainSettings) -> tuple:
         return methods.adapt(model, settings, batches=()).model, parameters
 
 
-def empty_fourbit(
-    shape: Sequence[int], dtype, quant_type: str, blocksize: int, nested: bool, device: str = "meta"
-):
-    """A FourBitWeight whose tensors hold no values that mean anything."""
+def _quantize(model, config) -> None:
+    """Puts those weights into 4 or 8 bits that loading the model with `config`, a FourBitConfig, would."""
+    import torch
+
+    from peftfast.integrations.experts import FourBitExperts, projections
+    from peftfast.integrations.transformers import FourBitHfQuantizer
+    from peftfast.nn.quantized import QuantizedLayer
+
+    first = {}  # the first layer with a weight, by the weight: tied ones share it still
+    owners = {
+        name: first.setdefault(module.weight, name)
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "weight", None), torch.Tensor)
+    }
+    quantizer = FourBitHfQuantizer(config, pre_quantized=False)
+    quantizer._process_model_before_weight_loading(model)
+    model.is_loaded_in_4bit = True  # as transformers tells PEFT
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer):
+            if owners[name] != name:
+                module.share(model.get_submodule(owners[name]))
+            elif module.bits == 8:
+                module.assign(_empty_eightbit(module.shape))
+            else:
+                module.assign(_empty_fourbit(module.shape, model.dtype, config))
+        elif isinstance(module, FourBitExperts):
+            for projection in projections(module):
+                shape = quantizer.experts.get(f"{name}.{projection}")
+                if shape is not None:
+                    module.set_fourbit_weight(projection, _empty_fourbit(shape, model.dtype, config))
+
+
+def _empty_eightbit(shape: Sequence[int]):
+    import torch
+
+    from peftfast.ops import EightBitWeight
+
+    return EightBitWeight(
+        torch.empty(shape, dtype=torch.int8, device="meta"), torch.empty(shape[0], device="meta")
+    )
+
+
+def _empty_fourbit(shape: Sequence[int], dtype, config):
     import torch
 
     from peftfast.ops import FourBitWeight, NestedAbsmax
     from peftfast.reference import NESTED_BLOCKSIZE
 
-    empty = functools.partial(torch.empty, device=device)
-    count, how = math.prod(shape), None
-    blocks = math.ceil(count / blocksize)
-    if nested:
-        how = NestedAbsmax(empty(math.ceil(blocks / NESTED_BLOCKSIZE)), empty(256), empty(()))
+    empty = functools.partial(torch.empty, device="meta")
+    count, nested = math.prod(shape), None
+    blocks = math.ceil(count / config.blocksize)
+    if config.nested:
+        nested = NestedAbsmax(empty(math.ceil(blocks / NESTED_BLOCKSIZE)), empty(256), empty(()))
     packed = empty((count + 1) // 2, 1, dtype=torch.uint8)
-    absmax = empty(blocks, dtype=torch.uint8 if nested else torch.float32)
-    return FourBitWeight(packed, absmax, tuple(shape), dtype, quant_type, blocksize, how)
-
-
-def _quantize(model, config) -> None:
-    """Puts those weights into 4 bits that loading the model with `config`, a FourBitConfig, would."""
-    from peftfast.integrations.experts import FourBitExperts, projections
-    from peftfast.integrations.transformers import FourBitHfQuantizer
-    from peftfast.nn import Linear4bit
-
-    quantizer = FourBitHfQuantizer(config, pre_quantized=False)
-    quantizer._process_model_before_weight_loading(model)
-    model.is_loaded_in_4bit = True  # as transformers tells PEFT
-    how = config.quant_type, config.blocksize, config.nested
-    for name, module in model.named_modules():
-        if isinstance(module, Linear4bit):
-            shape = (module.out_features, module.in_features)
-            module.assign(empty_fourbit(shape, model.dtype, *how))
-        elif isinstance(module, FourBitExperts):
-            for projection in projections(module):
-                shape = quantizer.experts.get(f"{name}.{projection}")
-                if shape is not None:
-                    module.set_fourbit_weight(projection, empty_fourbit(shape, model.dtype, *how))
+    absmax = empty(blocks, dtype=torch.uint8 if config.nested else torch.float32)
+    return FourBitWeight(packed, absmax, tuple(shape), dtype, config.quant_type, config.blocksize, nested)

@@ -193,14 +193,14 @@ def _quantization_of(adapter: Path) -> dict | None:
 def _in_four_bits(dense, dtype: str, beside: Path) -> tuple:
     """A dense model in 4 bits, as if it were loaded so, and each weight's ‖rounded - exact‖ / ‖exact‖."""
     from peftfast import FourBitConfig
-    from peftfast.integrations.experts import fourbit_weights
+    from peftfast.integrations.experts import quantized_weights
     from peftfast.ops import fourbit_dequantize
 
     with tempfile.TemporaryDirectory(dir=beside) as folder:
         dense.save_pretrained(folder)
         rounded, errors = load_model(folder, dtype, True, FourBitConfig()), []
     for name, module in rounded.named_modules():
-        for held, weight in fourbit_weights(module).items():
+        for held, weight in quantized_weights(module).items():
             exact = dense.get_submodule(name).get_parameter(held).float()
             difference = fourbit_dequantize(weight, exact.dtype).view_as(exact) - exact
             errors.append((difference.norm() / exact.norm().clamp_min(1e-30)).item())

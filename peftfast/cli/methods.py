@@ -248,7 +248,7 @@ def _embeddings(model, settings: TrainSettings) -> tuple[dict, bool]:
     embeddings = embeddings_of(model)
     for name, module in embeddings.items():
         if not module.weight.is_floating_point():
-            raise UserError(f"--objective pretrain: {name}, which it trains, is in 4 bits.")
+            raise UserError(f"--objective pretrain: {name}, which it trains, is quantized.")
     for name in settings.target_modules.split(","):
         if any(f".{place}".endswith(f".{name.strip()}") for place in embeddings):
             raise UserError(f"--target-modules {name.strip()}: --objective pretrain trains it whole.")
@@ -327,10 +327,10 @@ def check_quantization(settings: TrainSettings, model) -> None:
     held = quantization(model)
     for argument, name in QUANTIZATION.items():
         value = getattr(settings, name)
-        if value is not None and value != held[argument]:
+        if value is not None and value != held.get(argument, "dense"):
             raise UserError(
                 f"{option(name)} asks for {value}, but the model is in 4 bits already, "
-                f"and there it is {held[argument]}."
+                f"and there it is {held.get(argument, 'dense')}."
             )
 
 
@@ -341,13 +341,14 @@ def quantization(model) -> dict | None:
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     if not isinstance(config, FourBitConfig):
         return None
-    return {argument: getattr(config, argument) for argument in QUANTIZATION} | {
-        "compute_dtype": str(config.compute_dtype).removeprefix("torch.")
-    }
+    how = {argument: getattr(config, argument) for argument in QUANTIZATION}
+    if config.embeddings is None:
+        del how["embeddings"]
+    return how | {"compute_dtype": str(config.compute_dtype).removeprefix("torch.")}
 
 
 def quantized(model) -> dict[str, int]:
-    """Return how many weights of each kind are in 4 bits: "linear layer", "expert projection"."""
+    """Return how many weights of each kind are in 4 bits: "linear layer", "embedding", "expert projection"."""
     import peftfast
 
     return dict(Counter(peftfast.report(model).fourbit.values()))
@@ -355,11 +356,9 @@ def quantized(model) -> dict[str, int]:
 
 def base_size(model) -> tuple[int, int]:
     """Return the parameters of a model without adapters, and the bytes that they take."""
-    from peftfast.integrations.experts import fourbit_weights
+    from peftfast.integrations.experts import quantized_parameters
 
-    packed = {
-        weight.packed: weight for module in model.modules() for weight in fourbit_weights(module).values()
-    }
+    packed = quantized_parameters(model)
     sizes = [
         (math.prod(packed[weight].shape), packed[weight].nbytes)
         if weight in packed

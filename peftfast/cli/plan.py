@@ -20,7 +20,7 @@ from typer import Argument, Option
 from peftfast.cli.empty import adapted_model, is_quantized
 from peftfast.cli.errors import UserError
 from peftfast.cli.model import load_config
-from peftfast.cli.settings import TrainSettings, option
+from peftfast.cli.settings import METHODS_WITH, TrainSettings, option
 
 # Memory of cards in GB (1e9 bytes), as sold.
 GPUS = {
@@ -54,6 +54,10 @@ class PlanSettings:
     double_quant: Annotated[
         bool | None,
         Option("--double-quant/--no-double-quant", help="qlora: scales in 8 bits too; by default they are."),
+    ] = None
+    embeddings: Annotated[
+        str | None,
+        Option(help="qlora: embeddings and output head in 4bit or 8bit; by default they stay dense."),
     ] = None
     micro_batch_size: Annotated[int, Option(help="Sequences per forward pass.")] = 1
     gradient_accumulation_steps: Annotated[int, Option(help="Forward passes per optimizer step.")] = 1
@@ -181,7 +185,7 @@ def plan(settings: PlanSettings, gpu: str | None = None, reserve: str = "1GB") -
     def choice(**changes) -> Choice:
         changed = dataclasses.replace(settings, **changes)
         if changed.method not in runs:
-            runs[changed.method] = _Run(config, changed)
+            runs[changed.method] = _Run(config, _without_others(changed))
         memory = runs[changed.method].memory(changed, changed.sequence_len, gpu is not None)
         different = {name: value for name, value in changes.items() if getattr(settings, name) != value}
         return Choice(different, memory, capacity is None or memory.total <= capacity)
@@ -208,6 +212,12 @@ def plan(settings: PlanSettings, gpu: str | None = None, reserve: str = "1GB") -
         choices=choices,
         cheapest=_cheapest(settings, choices, choice, with_longest),
     )
+
+
+def _without_others(settings: PlanSettings) -> PlanSettings:
+    """Without the options that its method does not have."""
+    others = [name for name, their in METHODS_WITH.items() if settings.method not in their]
+    return dataclasses.replace(settings, **{name: None for name in others if hasattr(settings, name)})
 
 
 def _cheapest(
@@ -251,7 +261,7 @@ class _Run:
 
     def __init__(self, config, settings: PlanSettings) -> None:
         from peftfast.cli.dry_run import DryRun
-        from peftfast.integrations.experts import fourbit_weights
+        from peftfast.integrations.experts import quantized_parameters
 
         model, _ = adapted_model(config, settings.to_train())
         base = model.get_base_model()
@@ -261,17 +271,16 @@ class _Run:
             for weight in end.parameters()
         }
         trained = {weight for weight in model.parameters() if weight.requires_grad}
-        packed = {
-            weight.packed: weight for module in model.modules() for weight in fourbit_weights(module).values()
-        }
-        # What the tensors hold, from their shapes and dtypes; of a 4-bit weight with its scales and their code.
+        packed = quantized_parameters(model)
+        scales = {tensor for weight in packed.values() for tensor in weight.tensors()}
+        # What the tensors hold, from their shapes and dtypes; of a quantized weight with its scales and their code.
         self.weights, self.embeddings, self.parameters = {}, 0, 0
-        buffers = set(model.buffers())
+        buffers = set(model.buffers()) - scales
         for weight in {*model.parameters(), *buffers} - trained:
             held = packed.get(weight, weight)
             self.parameters += 0 if weight in buffers else math.prod(held.shape)
             if weight in ends:
-                self.embeddings += weight.nbytes
+                self.embeddings += held.nbytes
                 continue
             name = str(getattr(held, "quant_type", weight.dtype)).removeprefix("torch.")
             self.weights[name] = self.weights.get(name, 0) + held.nbytes

@@ -11,6 +11,7 @@ from typing import Annotated
 from typer import Option
 
 from peftfast.cli.errors import MethodError, UserError
+from peftfast.nn.embeddings import EMBEDDINGS
 from peftfast.reference import FOURBIT_BLOCKSIZES, FOURBIT_CODEBOOKS
 
 LORAS = ("lora", "qlora", "mixture")
@@ -23,7 +24,12 @@ ROUTERS = ("freeze", "train")
 PROFILE = "profile:"  # of --experts: what comes before the share
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 # Options by the argument of the configuration that they go to: FourBitConfig, MixtureLoraConfig, BottleneckConfig.
-QUANTIZATION = {"quant_type": "quant_type", "blocksize": "blocksize", "nested": "double_quant"}
+QUANTIZATION = {
+    "quant_type": "quant_type",
+    "blocksize": "blocksize",
+    "nested": "double_quant",
+    "embeddings": "embeddings",
+}
 MIXTURE = {"num_experts": "mixture_experts", "top_k": "mixture_top_k"}
 BOTTLENECK = {
     "placement": "bottleneck_placement",
@@ -192,6 +198,10 @@ class TrainSettings:
         bool | None,
         Option("--double-quant/--no-double-quant", help="qlora: scales in 8 bits too; by default they are."),
     ] = None
+    embeddings: Annotated[
+        str | None,
+        Option(help="qlora: embeddings and output head in 4bit or 8bit; by default they stay dense."),
+    ] = None
     eval_file: Annotated[Path | None, Option(help="Held-out data, as --data; overrides --eval-share.")] = None
     eval_split: Annotated[
         str | None, Option(help="The split to hold out: of --eval-file, or else of --data.")
@@ -212,6 +222,7 @@ class TrainSettings:
             "quant_type": (None, *FOURBIT_CODEBOOKS),
             "blocksize": (None, *FOURBIT_BLOCKSIZES),
             "data_type": (None, *DATA_TYPES),
+            "embeddings": (None, *EMBEDDINGS),
             "bottleneck_placement": (None, *PLACEMENTS),
         }.items():
             value = getattr(self, name)
@@ -284,6 +295,10 @@ class TrainSettings:
         if self.sample_packing:
             raise UserError(
                 "--sample-packing goes with --objective fine-tune: pretrain fills its blocks itself."
+            )
+        if self.embeddings is not None:
+            raise UserError(
+                f"--embeddings {self.embeddings}: --objective pretrain trains the embeddings, which stay dense."
             )
 
     @property

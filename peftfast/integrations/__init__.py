@@ -37,16 +37,18 @@ class Report:
     """What `peftfast.report` found: a sequence of `LayerReport`, printable as a table.
 
     Attributes:
-        fourbit: the weights in 4 bits: a "linear layer" or an "expert projection" by its name.
-        dense: of a model that has such, the linear layers and expert projections that are not in 4 bits, with their
+        fourbit: the weights in 4 bits: a "linear layer", an "embedding" or an "expert projection" by its name.
+        dense: of a model that has such, the linear layers and expert projections that are not quantized, with their
             dtypes. Embeddings, norms and routers are none of these.
         losses: the language models, and whether their loss is computed without logits.
+        eightbit: the weights in 8 bits, as those in 4.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
     fourbit: dict[str, str] = field(default_factory=dict)
     dense: dict[str, torch.dtype] = field(default_factory=dict)
     losses: list[LayerReport] = field(default_factory=list)
+    eightbit: dict[str, str] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[LayerReport]:
         return iter(self.layers)
@@ -72,11 +74,11 @@ class Report:
             if not layer.fast:
                 by_reason.setdefault(f"{layer.kind}: {layer.reason}", []).append(layer)
         lines = [self.summary]
-        if self.fourbit:
-            counts = Counter(self.fourbit.values()).items()
-            lines.append(
-                "  4-bit: " + ", ".join(f"{count} {kind}{'s'[: count > 1]}" for kind, count in counts)
-            )
+        for bits, weights in {4: self.fourbit, 8: self.eightbit}.items():
+            counts = Counter(weights.values()).items()
+            if counts:
+                listed = ", ".join(f"{count} {kind}{'s'[: count > 1]}" for kind, count in counts)
+                lines.append(f"  {bits}-bit: {listed}")
         if self.dense:
             alike: dict[tuple[str, torch.dtype], list[str]] = {}  # what is the same in every layer
             for name, dtype in self.dense.items():
@@ -168,7 +170,8 @@ def report(model: nn.Module) -> Report:
         found.append(LayerReport(name, library.kind_of(layer), reason is None, reason))
         if reason is None and library.NAME == "lora":
             fused_with_adapter.add(layer.base_layer)
-    return Report(found, *_weights(model), _losses(model))
+    fourbit, dense, eightbit = _weights(model)
+    return Report(found, fourbit, dense, _losses(model), eightbit)
 
 
 def _losses(model: nn.Module) -> list[LayerReport]:
@@ -192,16 +195,16 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModuleType]]:
                 yield name, layer, library
 
 
-def _weights(model: nn.Module) -> tuple[dict[str, str], dict[str, torch.dtype]]:
-    """`fourbit` and `dense` of the report."""
+def _weights(model: nn.Module) -> tuple[dict[str, str], dict[str, torch.dtype], dict[str, str]]:
+    """`fourbit`, `dense` and `eightbit` of the report."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers.pytorch_utils import Conv1D
 
     from peftfast.integrations import experts
-    from peftfast.nn import Linear4bit
+    from peftfast.nn.quantized import QuantizedLayer
 
     bitsandbytes = [library for library in forwards.libraries() if library.NAME == "bitsandbytes"]
-    fourbit, dense, adapters = {}, {}, set()
+    fourbit, dense, eightbit, adapters = {}, {}, {}, set()
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             adapters.update(
@@ -210,7 +213,10 @@ def _weights(model: nn.Module) -> tuple[dict[str, str], dict[str, torch.dtype]]:
         if module in adapters:
             continue
         name = name.replace(".base_layer", "")
-        if isinstance(module, Linear4bit) or any(library.answers_for(module) for library in bitsandbytes):
+        if isinstance(module, QuantizedLayer):
+            kind = "embedding" if isinstance(module, nn.Embedding) else "linear layer"
+            (fourbit if module.bits == 4 else eightbit)[name] = kind
+        elif any(library.answers_for(module) for library in bitsandbytes):
             fourbit[name] = "linear layer"
         elif type(module) is nn.Linear or isinstance(module, Conv1D):
             dense[name] = module.weight.dtype
@@ -220,7 +226,7 @@ def _weights(model: nn.Module) -> tuple[dict[str, str], dict[str, torch.dtype]]:
                     fourbit[f"{name}.{projection}"] = "expert projection"
                 else:
                     dense[f"{name}.{projection}"] = getattr(module, projection).dtype
-    return (fourbit, dense) if fourbit else ({}, {})
+    return fourbit, dense if fourbit or eightbit else {}, eightbit
 
 
 def _teach_peft(model: ModuleType) -> None:

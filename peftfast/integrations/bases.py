@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
-from peftfast.nn.fourbit import Linear4bit
-from peftfast.ops import fourbit, lora
+from peftfast.nn import Linear4bit, Linear8bit
+from peftfast.ops import eightbit, fourbit, lora
 from peftfast.ops.lora import DTYPES, KERNEL_DEVICES
 
 
@@ -55,8 +55,8 @@ class Dense:
         return dict(weight=base.weight, compute_dtype=None, dtype=autocast_dtype(x) or x.dtype)
 
 
-class FourBit:
-    """peftfast.nn.Linear4bit."""
+class Quantized:
+    """What peftfast.nn.Linear4bit and Linear8bit have in common."""
 
     def why_not(self, base: nn.Module) -> str | None:
         bias = base.bias
@@ -76,17 +76,26 @@ class FourBit:
     def in_features(self, base: nn.Module) -> int:
         return base.in_features
 
+    def operand(self, base: nn.Module, x: Tensor) -> dict:
+        compute_dtype = getattr(base, "compute_dtype", None)
+        return dict(
+            weight=base.quantized_weight, compute_dtype=compute_dtype, dtype=autocast_dtype(x) or x.dtype
+        )
+
+
+class FourBit(Quantized):
     def call(self, base: nn.Module, x: Tensor, lora_A, lora_B, scaling, bias, dropout) -> Tensor:
         return fourbit.call(
             x, base.quantized_weight, lora_A, lora_B, scaling, bias, dropout, compute_dtype=base.compute_dtype
         )
 
-    def operand(self, base: nn.Module, x: Tensor) -> dict:
-        dtype = autocast_dtype(x) or x.dtype
-        return dict(weight=base.quantized_weight, compute_dtype=base.compute_dtype, dtype=dtype)
+
+class EightBit(Quantized):
+    def call(self, base: nn.Module, x: Tensor, lora_A, lora_B, scaling, bias, dropout) -> Tensor:
+        return eightbit.call(x, base.quantized_weight, lora_A, lora_B, scaling, bias, dropout)
 
 
-KINDS = {nn.Linear: Dense(), Conv1D: Dense(transposed=True), Linear4bit: FourBit()}
+KINDS = {nn.Linear: Dense(), Conv1D: Dense(transposed=True), Linear4bit: FourBit(), Linear8bit: EightBit()}
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -121,11 +130,15 @@ def why_not_input(base: nn.Module, x: Tensor) -> str | None:
     return None
 
 
-def is_plain(module: nn.Module) -> bool:
-    """No hooks, and the forward of its class: calling it would do what its class says and no more."""
+def is_plain(module: nn.Module, pre_hooks: bool = False) -> bool:
+    """No hooks, and the forward of its class: calling it would do what its class says and no more.
+
+    Args:
+        pre_hooks: hooks that are given the input are none of these.
+    """
     return not (
         module._forward_hooks
-        or module._forward_pre_hooks
+        or (module._forward_pre_hooks and not pre_hooks)
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__

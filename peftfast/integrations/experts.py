@@ -19,9 +19,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 
 from peftfast.integrations import forwards
 from peftfast.integrations.bases import is_plain_tensor
-from peftfast.nn.fourbit import ENTRIES, Linear4bit, pack_state, unpack_state
+from peftfast.nn.fourbit import ENTRIES, pack_state, unpack_state
 from peftfast.nn.moe import Routing
-from peftfast.ops import FourBitWeight, fourbit_dequantize, fourbit_quantize
+from peftfast.nn.quantized import QuantizedLayer
+from peftfast.ops import EightBitWeight, FourBitWeight, fourbit_dequantize, fourbit_quantize
 from peftfast.ops.devices import KERNEL_DEVICES, host_reads
 from peftfast.ops.lora import DTYPES, name_of
 
@@ -129,11 +130,20 @@ def _quantized(experts: nn.Module) -> Iterable[str]:
     return experts.fourbit_weights if isinstance(experts, FourBitExperts) else ()
 
 
-def fourbit_weights(module: nn.Module) -> dict[str, FourBitWeight]:
-    """The 4-bit weights that a linear layer or experts hold, by the name of their parameter; of another module none."""
-    if isinstance(module, Linear4bit):
+def quantized_weights(module: nn.Module) -> dict[str, FourBitWeight | EightBitWeight]:
+    """Those that a layer or experts themselves hold, by the name of the parameter with their codes."""
+    if isinstance(module, QuantizedLayer):
         return {"weight": module.quantized_weight}
     return {name: module.fourbit_weight(name) for name in _quantized(module)}
+
+
+def quantized_parameters(model: nn.Module) -> dict[nn.Parameter, FourBitWeight | EightBitWeight]:
+    """The weights within `model` that are in 4 or 8 bits, by the parameter with their codes: shared ones once."""
+    return {
+        module.get_parameter(name): weight
+        for module in model.modules()
+        for name, weight in quantized_weights(module).items()
+    }
 
 
 def is_experts(module: nn.Module) -> bool:

@@ -30,7 +30,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from peftfast.integrations import forwards, peft
 from peftfast.integrations.bases import KINDS, autocast_dtype, is_plain, is_plain_tensor, why_not_input
 from peftfast.integrations.forwards import last_fallback, stand_in, why_not_reached
-from peftfast.ops import FourBitWeight, fourbit, lora, loss
+from peftfast.ops import EightBitWeight, FourBitWeight, eightbit, fourbit, lora, loss
 
 NAME = "loss"
 
@@ -96,13 +96,16 @@ def _without_logits(original: Callable, model: PreTrainedModel, *args, **kwargs)
     """The model's own forward, but that its output embeddings return logits that have yet to be computed."""
     head, sources = model.get_output_embeddings(), []
 
-    def forward(x: Tensor, *args, **kwargs) -> Tensor:
-        reason = "its output embeddings were given more than their input" if args or kwargs else None
-        reason = reason or _why_not_input(head, x)
+    def forward(*args, **kwargs) -> Tensor:
+        given, more = _after_pre_hooks(head, args, kwargs)
+        if len(given) != 1 or more:
+            reason = "its output embeddings were given more than their input"
+        else:
+            reason = _why_not_input(head, given[0])
         if reason is not None:
             forwards.fall_back(model, NAME, reason)
-            return type(head).forward(head, x, *args, **kwargs)
-        sources.append(_Source(model, _projection(head, x), x))
+            return type(head).forward(head, *args, **kwargs)
+        sources.append(_Source(model, _projection(head, *given), *given))
         return sources[-1].deferred()
 
     try:
@@ -111,6 +114,17 @@ def _without_logits(original: Callable, model: PreTrainedModel, *args, **kwargs)
     finally:
         for source in sources:
             source.model = None
+
+
+def _after_pre_hooks(head: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """What the layer within the output embeddings is given, by its hooks; torch has called those of `head` itself."""
+    layer = _effective(head)
+    for key, hook in layer._forward_pre_hooks.items() if layer is not head else ():
+        if key in layer._forward_pre_hooks_with_kwargs:
+            args, kwargs = hook(layer, args, kwargs) or (args, kwargs)
+        elif (given := hook(layer, args)) is not None:
+            args = given if isinstance(given, tuple) else (given,)
+    return args, kwargs
 
 
 class _HeadForward:
@@ -161,7 +175,7 @@ class _HeadForward:
 class _Projection:
     """What the output embeddings compute for one input, whatever becomes of the modules: switched, merged, replaced."""
 
-    weight: Tensor | FourBitWeight
+    weight: Tensor | FourBitWeight | EightBitWeight
     bias: Tensor | None
     dtype: torch.dtype  # of the logits
     compute_dtype: torch.dtype | None
@@ -172,15 +186,16 @@ class _Projection:
     seed: Tensor | None
 
     def tensors(self) -> list[Tensor]:
-        weight = [self.weight] if isinstance(self.weight, Tensor) else [self.weight.packed]
-        return weight + [
-            t for t in (self.bias, *self.lora_A, *self.lora_B, *self.scaling) if torch.is_tensor(t)
-        ]
+        parts = [self.weight] if isinstance(self.weight, Tensor) else vars(self.weight).values()
+        parts = (*parts, self.bias, *self.lora_A, *self.lora_B, *self.scaling)
+        return [part for part in parts if isinstance(part, Tensor)]
 
     def logits(self, x: Tensor) -> Tensor:
         adapters = (self.lora_A, self.lora_B, self.scaling, self.bias, self.dropout)
         if isinstance(self.weight, FourBitWeight):
             y = fourbit.call(x, self.weight, *adapters, self.seed, self.compute_dtype)
+        elif isinstance(self.weight, EightBitWeight):
+            y = eightbit.call(x, self.weight, *adapters, self.seed)
         elif self.lora_A:
             y = lora.call(x, self.weight, *adapters, False, self.seed)
         else:
@@ -199,10 +214,10 @@ def _why_not_call(model: PreTrainedModel, *args, **kwargs) -> str | None:
         return "it has no output embeddings"
     if _has_any_global_hook():
         return "a global module hook is registered"
-    if not is_plain(head) and _HeadForward.of(head) is None:
+    if not is_plain(head, pre_hooks=True) and _HeadForward.of(head) is None:
         return "its output embeddings have hooks or a forward of their own"
     layer = _effective(head)
-    if layer is not head and not is_plain(layer):
+    if layer is not head and not is_plain(layer, pre_hooks=True):
         return "its output embeddings have parts with hooks or a forward of their own"
     if isinstance(layer, LoraLayer):
         return peft.why_not_fused(layer)
@@ -238,8 +253,9 @@ def _projection(head: nn.Module, x: Tensor) -> _Projection:
         base = layer.base_layer
     seed = torch.randint(2**63 - 1, (1,), device=x.device) if any(dropout) else None
     operand = KINDS[type(base)].operand(base, x)
-    if isinstance(operand["weight"], FourBitWeight):
-        operand["weight"] = replace(operand["weight"], packed=operand["weight"].packed.detach())
+    if not isinstance(operand["weight"], Tensor):
+        weight = operand["weight"]
+        operand["weight"] = replace(weight, **{name: _as_it_is(part) for name, part in vars(weight).items()})
     tensors = dict(bias=bias, lora_A=lora_A, lora_B=lora_B, scaling=scaling, **operand)
     return _Projection(**tree_map(_as_it_is, tensors), dropout=dropout, seed=seed)
 
@@ -303,8 +319,8 @@ class _Source:
 
 @dataclass(frozen=True)
 class _State:
-    """Whether a tensor holds what it held: by its version, and by about a thousand of its values, since what is written
-    to `tensor.data` leaves the version as it is."""
+    """Whether a tensor holds what it held: by its version, and by at most a thousand of its values, since what is
+    written to `tensor.data` leaves the version as it is."""
 
     tensor: Tensor
     version: int
@@ -313,19 +329,26 @@ class _State:
 
     @classmethod
     def of(cls, tensor: Tensor) -> _State:
-        some = tensor.detach()[tuple(slice(None, None, max(1, size // 32)) for size in tensor.shape)]
+        some = _some(tensor.detach()).flatten().contiguous().view(torch.uint8).clone()
         version = 0 if tensor.is_inference() else tensor._version
-        return cls(
-            tensor,
-            version,
-            tensor.untyped_storage()._cdata,
-            some.flatten().contiguous().view(torch.uint8).clone(),
-        )
+        return cls(tensor, version, tensor.untyped_storage()._cdata, some)
 
     def holds(self) -> bool:
         now = _State.of(self.tensor)
         same = (now.version, now.address) == (self.version, self.address)
         return same and torch.equal(now.some, self.some)
+
+
+def _some(tensor: Tensor, most: int = 1000) -> Tensor:
+    """At most so many of the values, spread evenly over every dimension."""
+    index, shorter_first = {}, sorted(range(tensor.dim()), key=tensor.size)
+    for place, dim in enumerate(shorter_first):
+        size = tensor.size(dim)
+        wanted = max(1, int(most ** (1 / (len(shorter_first) - place))))
+        step = max(1, -(-size // wanted))
+        index[dim] = slice(None, None, step)
+        most //= max(1, -(-size // step))
+    return tensor[tuple(index[dim] for dim in range(tensor.dim()))]
 
 
 class DeferredLogits(Tensor):

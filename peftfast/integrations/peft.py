@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers on the fused operators, and a LoRA layer for peftfast's own 4-bit layer.
+"""PEFT's LoRA layers on the fused operators, and LoRA layers for peftfast's own quantized layers.
 
 The forwards of `peft.tuners.lora.Linear` and of its like for bitsandbytes are replaced by one that asks, at every
 call, whether what this layer does with this input is exactly what the operator computes. If so, the operator runs; if
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from peft.import_utils import is_bnb_4bit_available
-from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.lora import Embedding, Linear, LoraLayer
 from peft.tuners.lora.layer import VARIANT_KWARG_KEYS, ParamWrapper
 from peft.tuners.lora.variants import ALoraLinearVariant, ArrowLinearVariant, MiCALinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -22,13 +22,14 @@ from peftfast.integrations import expert_adapters, mixed_batches
 from peftfast.integrations.bases import KINDS, autocast_dtype, is_plain, is_plain_tensor, why_not_input
 from peftfast.integrations.forwards import last_fallback, stand_in, why_not_reached
 from peftfast.integrations.merging import MergesAtOnce, warn_of_rounding
-from peftfast.nn.fourbit import Linear4bit
+from peftfast.nn import Linear4bit
+from peftfast.nn.quantized import QuantizedLayer
 
 NAME = "lora"
 
 
-class LoraLinear4bit(MergesAtOnce, Linear):
-    """PEFT's LoRA layer on a `peftfast.nn.Linear4bit`; the same, but that it merges into a 4-bit weight.
+class LoraLinearQuantized(MergesAtOnce, Linear):
+    """PEFT's LoRA layer on a quantized linear layer of peftfast; the same, but that it merges into a quantized weight.
 
     Merging and unmerging quantize the weight anew, once for all adapters. `requantization_error` is what that cost the
     last time, ‖rounded - exact‖ / ‖exact‖ of the weight; a warning tells the largest of a model.
@@ -75,17 +76,44 @@ class LoraLinear4bit(MergesAtOnce, Linear):
         raise ValueError("init_lora_weights='loftq' needs the weight before it was quantized.")
 
 
+class LoraLinear4bit(LoraLinearQuantized):
+    """On a `peftfast.nn.Linear4bit`."""
+
+
+class LoraLinear8bit(LoraLinearQuantized):
+    """On a `peftfast.nn.Linear8bit`."""
+
+
+class LoraEmbeddingQuantized(Embedding):
+    """PEFT's LoRA layer on a `peftfast.nn.Embedding4bit` or `Embedding8bit`; the same, but that it does not merge."""
+
+    @property
+    def lora_variants(self) -> dict:
+        """Those that do not read the base weight."""
+        return {(): None}
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError(
+            "Adapters on quantized embeddings cannot be merged: dequantize the model first, or keep the adapter apart."
+        )
+
+
 def layer_for(
     target: nn.Module, adapter_name: str, config, parameter_name: str | None = None, **kwargs
 ) -> LoraLayer | None:
-    """The LoRA layer of a `peftfast.nn.Linear4bit` or of 4-bit experts; None for what PEFT has layers for itself."""
+    """The LoRA layer of a quantized layer of peftfast or of 4-bit experts; None for what PEFT has layers for itself."""
     if parameter_name is not None:
         return expert_adapters.layer_for(target, adapter_name, parameter_name, config, **kwargs)
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    return LoraLinear4bit(target, adapter_name, config, **kwargs) if isinstance(base, Linear4bit) else None
+    if not isinstance(base, QuantizedLayer):
+        return None
+    if isinstance(base, nn.Embedding):
+        return LoraEmbeddingQuantized(target, adapter_name, config, **kwargs)
+    kind = LoraLinear4bit if isinstance(base, Linear4bit) else LoraLinear8bit
+    return kind(target, adapter_name, config, **kwargs)
 
 
-FUSED = [Linear, LoraLinear4bit]
+FUSED = [Linear, LoraLinear4bit, LoraLinear8bit]
 if is_bnb_4bit_available():
     from peft.tuners.lora import bnb
 

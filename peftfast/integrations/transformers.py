@@ -30,12 +30,15 @@ from peftfast.integrations.experts import (
     FourBitExperts,
     become_dense,
     become_fourbit,
-    fourbit_weights,
     is_experts,
     projections,
+    quantized_parameters,
 )
+from peftfast.nn import eightbit
+from peftfast.nn.embeddings import check_embeddings, counterpart
 from peftfast.nn.fourbit import ENTRIES, Linear4bit, check_format, unpack_state
-from peftfast.ops import fourbit_quantize
+from peftfast.nn.quantized import QuantizedLayer
+from peftfast.ops import FourBitWeight, fourbit_quantize
 from peftfast.ops.lora import name_of
 
 METHOD = "peftfast_4bit"
@@ -51,8 +54,8 @@ class FourBitConfig(QuantizationConfigMixin):
     A dense checkpoint is quantized while it loads, tensor by tensor; experts after transformers has stacked those of a
     projection. Of one that is in 4 bits already, the bytes stay as they are, and of this configuration only
     `compute_dtype` is used; experts that bitsandbytes left dense stay dense. What `save_pretrained` writes,
-    bitsandbytes reads, unless there are experts in 4 bits, which it has no form for: they are written stacked, and
-    config.json then asks for this configuration.
+    bitsandbytes reads, unless there are experts in 4 bits or quantized embeddings, which it has no form for: they are
+    written, experts stacked, and config.json then asks for this configuration.
 
     Args:
         quant_type: "nf4" or "fp4".
@@ -62,7 +65,9 @@ class FourBitConfig(QuantizationConfigMixin):
             checkpoint names nothing: it is what bitsandbytes writes when nobody chose.
         skip_modules: names of modules that stay dense, as in transformers' BitsAndBytesConfig, or of projections of
             experts ("experts.down_proj"). None: the output embeddings. What shares its weight with the embeddings
-            stays dense in any case.
+            stays dense in any case, unless they are quantized.
+        embeddings: "4bit", as the linear layers, or "8bit", a scale to a row: the format of the input embeddings, the
+            output embeddings and what shares its weight with them, and shares it still. None: all dense.
     Raises:
         TypeError, ValueError: an argument is not usable; the message names it.
     """
@@ -72,6 +77,7 @@ class FourBitConfig(QuantizationConfigMixin):
     nested: bool = True
     compute_dtype: torch.dtype | str | None = None
     skip_modules: list[str] | None = None
+    embeddings: str | None = None
 
     quant_method: str = field(default=METHOD, init=False, repr=False)
     # Whether the model has experts in 4 bits; found out while it loads.
@@ -85,14 +91,17 @@ class FourBitConfig(QuantizationConfigMixin):
             isinstance(self.skip_modules, str) or not all(isinstance(name, str) for name in self.skip_modules)
         ):
             raise TypeError(f"skip_modules must be None or a list of names, got {self.skip_modules!r}.")
+        if self.embeddings is not None:
+            check_embeddings(self.embeddings)
 
     def to_dict(self) -> dict:
         """What config.json says of it: a configuration of bitsandbytes', and the block size, which it reads nowhere.
 
-        With experts in 4 bits the same under another name: bitsandbytes could not load them.
+        With experts in 4 bits or quantized embeddings the same under another name: bitsandbytes could not load them.
         """
+        own = {} if self.embeddings is None else {"embeddings": self.embeddings}
         theirs = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}
-        return ({"quant_method": METHOD} if self.has_experts else theirs) | {
+        return ({"quant_method": METHOD} | own if self.has_experts or own else theirs) | {
             "bnb_4bit_quant_type": self.quant_type,
             "bnb_4bit_blocksize": self.blocksize,
             "bnb_4bit_use_double_quant": self.nested,
@@ -120,6 +129,7 @@ class FourBitConfig(QuantizationConfigMixin):
             nested=config_dict.get("bnb_4bit_use_double_quant", False),
             compute_dtype=None if compute_dtype == "float32" else compute_dtype,
             skip_modules=config_dict.get("llm_int8_skip_modules"),
+            embeddings=config_dict.get("embeddings"),
         )
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -157,16 +167,21 @@ class FourBitHfQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
         module, name = get_module_from_name(model, param_name)
-        return (isinstance(module, Linear4bit) and name == "weight") or param_name in self.experts
+        return (isinstance(module, QuantizedLayer) and name == "weight") or param_name in self.experts
 
     def _process_model_before_weight_loading(self, model, **kwargs) -> None:
         config = self.quantization_config
         if config.compute_dtype is None:
             config.compute_dtype = model.dtype
+        embeddings = self._embeddings(model) if config.embeddings else {}
+        for name, module in embeddings.items():
+            format = dict(quant_type=config.quant_type, blocksize=config.blocksize, nested=config.nested)
+            layer = counterpart(module, name, config.embeddings, compute_dtype=config.compute_dtype, **format)
+            self._put(model, name, layer, module.weight)
         if config.skip_modules is not None:
             tied = model.all_tied_weights_keys
             shared = {key.removesuffix(".weight") for key in (*tied, *tied.values())}
-            config.skip_modules = sorted({*config.skip_modules, *shared})
+            config.skip_modules = sorted({*config.skip_modules, *(shared - embeddings.keys())})
         skip = self.get_modules_to_not_convert(model, config.skip_modules, model._keep_in_fp32_modules)
         for name, module in list(model.named_modules()):
             if is_experts(module) and not self.pre_quantized:
@@ -186,13 +201,40 @@ class FourBitHfQuantizer(HfQuantizer):
                     *shape, module.bias is not None, quant_type=config.quant_type, blocksize=config.blocksize,
                     nested=config.nested, compute_dtype=config.compute_dtype, device="meta", dtype=module.weight.dtype,
                 )  # fmt: skip
-                if not self.pre_quantized:  # transformers casts what it loads to the dtype that it finds
-                    layer.weight = nn.Parameter(module.weight.detach(), requires_grad=False)
                 if isinstance(module, Conv1D):
                     self.transposed.add(layer)
-                # No initialization by transformers, which would draw normal values into the bytes.
-                layer._is_hf_initialized = True
-                model.set_submodule(name, layer)
+                self._put(model, name, layer, module.weight)
+
+    def _put(self, model, name: str, layer: QuantizedLayer, dense: Tensor) -> None:
+        """Puts an empty layer into the place of that of a dense weight."""
+        if not self.pre_quantized:  # transformers casts what it loads to the dtype that it finds
+            layer.weight = nn.Parameter(dense.detach(), requires_grad=False)
+        # No initialization by transformers, which would draw normal values into the bytes.
+        layer._is_hf_initialized = True
+        model.set_submodule(name, layer)
+
+    def _embeddings(self, model) -> dict[str, nn.Module]:
+        """The input and output embeddings that are to be quantized, and what shares its weight with them."""
+        ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+        names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
+        tied = {
+            target.removesuffix(".weight"): source.removesuffix(".weight")
+            for target, source in model.all_tied_weights_keys.items()
+            if target.endswith(".weight")
+        }
+        found = {}
+        for source in dict.fromkeys(tied.get(name, name) for name in names):
+            group = [source, *(target for target, its in tied.items() if its == source)]
+            skip = self.quantization_config.skip_modules or []
+            dense = [name for name in group if not should_convert_module(name, skip)]
+            if dense and len(dense) < len(group):
+                others = ", ".join(name for name in group if name not in dense)
+                raise ValueError(
+                    f"skip_modules keeps {dense[0]} dense, but it shares its weight with {others}, of which "
+                    f"embeddings={self.quantization_config.embeddings!r} says otherwise."
+                )
+            found |= {name: model.get_submodule(name) for name in group if not dense}
+        return found
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if self.error is not None:
@@ -204,15 +246,24 @@ class FourBitHfQuantizer(HfQuantizer):
         self.transposed.clear()
         self.experts.clear()
         config = self.quantization_config
+        filled = {
+            module.weight: module
+            for module in model.modules()
+            if isinstance(module, QuantizedLayer) and not module.is_empty
+        }
         stacked = []
         for name, module in model.named_modules():
-            if isinstance(module, Linear4bit):
-                if module.is_empty:
-                    raise ValueError(f"{name}.weight is missing from the checkpoint.")
-                if module.bias is not None and not getattr(module.bias, "_is_hf_initialized", False):
-                    nn.init.zeros_(module.bias)  # as transformers does where a bias is missing, and has told
-                config.quant_type, config.blocksize = module.quant_type, module.blocksize
-                config.nested = module.nested
+            if isinstance(module, QuantizedLayer):
+                if module.is_empty:  # transformers has tied its weight, but knows nothing of scales
+                    if module.weight not in filled:
+                        raise ValueError(f"{name}.weight is missing from the checkpoint.")
+                    module.share(filled[module.weight])
+                bias = getattr(module, "bias", None)
+                if bias is not None and not getattr(bias, "_is_hf_initialized", False):
+                    nn.init.zeros_(bias)  # as transformers does where a bias is missing, and has told
+                if module.bits == 4:
+                    config.quant_type, config.blocksize = module.quant_type, module.blocksize
+                    config.nested = module.nested
             elif isinstance(module, FourBitExperts):
                 stacked += [f"{name}.{projection}" for projection in module.fourbit_weights]
                 for weight in module.fourbit_weights.values():
@@ -232,6 +283,19 @@ class FourBitHfQuantizer(HfQuantizer):
         model.is_loaded_in_4bit = True
         return model
 
+    def get_state_dict_and_metadata(self, model) -> tuple[dict[str, Tensor] | None, dict]:
+        """Of a weight that layers share, transformers writes the codes once; here it learns of the scales."""
+        tied = [
+            target.removesuffix(".weight")
+            for target, source in model.all_tied_weights_keys.items()
+            if isinstance(get_module_from_name(model, target)[0], QuantizedLayer)
+            and model.get_parameter(target) is model.get_parameter(source)
+        ]
+        if not tied:
+            return None, {}
+        entries = tuple(f"{name}.{entry}" for name in tied for entry in ("weight", eightbit.SCALES))
+        return {key: value for key, value in model.state_dict().items() if not key.startswith(entries)}, {}
+
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self)
 
@@ -239,6 +303,8 @@ class FourBitHfQuantizer(HfQuantizer):
         names = [
             f"weight{entry}" for entry in reversed(ENTRIES)
         ]  # the shortest last: the first that fits is taken
+        if self.quantization_config.embeddings == "8bit":
+            names.insert(0, eightbit.SCALES)
         return [WeightConverter(names, "weight", [_Deserialize(self)])] if self.pre_quantized else []
 
     def update_weight_conversions(self, weight_conversions: list, model) -> list:
@@ -262,12 +328,18 @@ class FourBitHfQuantizer(HfQuantizer):
         return [*stacked.values(), *weight_conversions, *self.get_weight_conversions()]
 
     def _dequantize(self, model, dtype: torch.dtype | None = None):
+        dense: dict[Tensor, nn.Parameter] = {}  # what is shared stays so
         for name, module in list(model.named_modules()):
-            if isinstance(module, Linear4bit):
+            if isinstance(module, QuantizedLayer):
+                if module.weight not in dense:
+                    dense[module.weight] = nn.Parameter(module.dequantize(dtype), requires_grad=False)
                 with torch.device("meta"):
-                    layer = nn.Linear(module.in_features, module.out_features, bias=False)
-                layer.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
-                layer.bias = module.bias
+                    if isinstance(module, nn.Embedding):
+                        layer = nn.Embedding(*module.shape, padding_idx=module.padding_idx)
+                    else:
+                        layer = nn.Linear(module.in_features, module.out_features, bias=False)
+                        layer.bias = module.bias
+                layer.weight = dense[module.weight]
                 model.set_submodule(name, layer.train(module.training))
             elif isinstance(module, FourBitExperts):
                 become_dense(module, dtype)
@@ -344,12 +416,20 @@ class _Deserialize(_Fill):
 
     def fill(self, model, module: nn.Module, state: dict, name: str) -> Tensor:
         state = {key.removeprefix("weight"): value for key, value in state.items()}
-        if isinstance(module, Linear4bit):
-            module.assign(unpack_state(state, (module.out_features, module.in_features), name))
+        if isinstance(module, QuantizedLayer):
+            if module.bits == 4:
+                quantized = unpack_state(state, module.shape, name)
+            else:
+                names = [name, name.removesuffix("weight") + eightbit.SCALES]
+                quantized = eightbit.unpack_state(
+                    state.get(""), state.get(eightbit.SCALES), module.shape, names
+                )
+            module.assign(quantized)
             return module.weight
         if list(state) != [""]:
+            bits = 8 if eightbit.SCALES in state else 4
             raise ValueError(
-                f"{name} is in 4 bits in the checkpoint, but dense in the model: see skip_modules."
+                f"{name} is in {bits} bits in the checkpoint, but dense in the model: see skip_modules."
             )
         return _cast(state[""], model, name)
 
@@ -395,6 +475,12 @@ def _merge(
     if not isinstance(quantization_config, dict):
         quantization_config = quantization_config.to_dict()
     config = FourBitConfig.from_dict(quantization_config)
+    asked = quantization_config_from_args.embeddings
+    if asked not in (None, config.embeddings):
+        held = "are dense" if config.embeddings is None else f"are in {config.embeddings[0]} bits"
+        raise ValueError(
+            f"embeddings={asked!r} was asked for, but the checkpoint is quantized already: they {held}."
+        )
     config.compute_dtype = quantization_config_from_args.compute_dtype or config.compute_dtype
     return config
 
@@ -406,7 +492,9 @@ def _num_parameters(
     original=PreTrainedModel.num_parameters,
 ) -> int:
     """transformers imports bitsandbytes to know 4-bit weights, and would count each byte of ours as one parameter."""
-    weights = [weight for module in self.modules() for weight in fourbit_weights(module).values()]
+    weights = {
+        weight: its for weight, its in quantized_parameters(self).items() if isinstance(its, FourBitWeight)
+    }
     if not weights:
         return original(self, only_trainable, exclude_embeddings)
     marked = self.__dict__.pop("is_loaded_in_4bit", None)
@@ -415,13 +503,43 @@ def _num_parameters(
     finally:
         if marked is not None:
             self.is_loaded_in_4bit = marked
-    hidden = sum(math.prod(weight.shape) - weight.packed.numel() for weight in weights)
+    if exclude_embeddings:
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                weights.pop(module.weight, None)
+    hidden = sum(math.prod(weight.shape) - weight.packed.numel() for weight in weights.values())
     return count if only_trainable else count + hidden
+
+
+def _resize_token_embeddings(
+    self, new_num_tokens: int | None = None, *args, original=PreTrainedModel.resize_token_embeddings, **kwargs
+) -> nn.Embedding:
+    """transformers would take the shape of packed codes for that of the weight.
+
+    Raises:
+        ValueError: embeddings that are quantized would have to change.
+    """
+    embeddings = self.get_input_embeddings()
+    quantized = any(isinstance(end, QuantizedLayer) for end in (embeddings, self.get_output_embeddings()))
+    multiple = args[0] if args else kwargs.get("pad_to_multiple_of")
+    if not quantized or (new_num_tokens is None and multiple is None):
+        return original(self, new_num_tokens, *args, **kwargs)
+    count = getattr(embeddings, "num_embeddings", None)
+    wanted = count if new_num_tokens is None else new_num_tokens
+    if multiple is not None:
+        wanted = math.ceil(wanted / multiple) * multiple
+    if wanted != count:
+        raise ValueError(
+            f"resize_token_embeddings: the embeddings or the output head of this {type(self).__name__} are quantized "
+            f"and stay {count} rows; resize and save the dense model, then load it with FourBitConfig."
+        )
+    return embeddings
 
 
 # For good, since FourBitConfig and the models that it made are there whether or not peftfast is enabled. All others get
 # the original.
 AutoHfQuantizer.merge_quantization_configs = staticmethod(_merge)
 PreTrainedModel.num_parameters = _num_parameters
+PreTrainedModel.resize_token_embeddings = _resize_token_embeddings
 if importlib.util.find_spec("bitsandbytes") is None:
     AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = FourBitHfQuantizer

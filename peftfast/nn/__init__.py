@@ -1,7 +1,18 @@
 """Thin modules over the operators, for those who use no PEFT."""
 
 from peftfast.nn.adapter import BottleneckAdapter
-from peftfast.nn.fourbit import Linear4bit, quantize_linears
+from peftfast.nn.eightbit import Embedding8bit, Linear8bit
+from peftfast.nn.embeddings import quantize_embeddings
+from peftfast.nn.fourbit import Embedding4bit, Linear4bit, quantize_linears
 from peftfast.nn.lora import LoraLinear
 
-__all__ = ["BottleneckAdapter", "Linear4bit", "LoraLinear", "quantize_linears"]
+__all__ = [
+    "BottleneckAdapter",
+    "Embedding4bit",
+    "Embedding8bit",
+    "Linear4bit",
+    "Linear8bit",
+    "LoraLinear",
+    "quantize_embeddings",
+    "quantize_linears",
+]

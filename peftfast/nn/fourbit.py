@@ -1,4 +1,6 @@
-"""A frozen linear layer over a 4-bit weight, and its entries in a checkpoint: those of bitsandbytes, without it."""
+"""Frozen layers over a 4-bit weight, a linear one and an embedding, and their entries in a checkpoint: those of
+bitsandbytes, without it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from peftfast.ops import FourBitWeight, NestedAbsmax, fourbit_dequantize, fourbit_linear, fourbit_quantize
+from peftfast.nn.quantized import QuantizedEmbedding, QuantizedLayer, QuantizedLinear, check_dense
+from peftfast.ops import (
+    FourBitWeight,
+    NestedAbsmax,
+    fourbit_dequantize,
+    fourbit_embedding,
+    fourbit_linear,
+    fourbit_quantize,
+)
 from peftfast.ops.fourbit import check_weight
 from peftfast.ops.lora import DTYPES, name_of
 from peftfast.reference import FOURBIT_BLOCKSIZES, FOURBIT_CODEBOOKS
@@ -23,7 +33,127 @@ NESTED_ENTRIES = (".nested_absmax", ".nested_quant_map")
 ENTRIES = (*PLAIN_ENTRIES, *NESTED_ENTRIES, *(QUANT_STATE + quant_type for quant_type in FOURBIT_CODEBOOKS))
 
 
-class Linear4bit(nn.Linear):
+class FourBitLayer(QuantizedLayer):
+    """Keeps a weight in bitsandbytes' 4-bit format.
+
+    Attributes:
+        weight: uint8 of `packed_shape`, two codes to a byte, frozen.
+        quant_type: "nf4" or "fp4".
+        blocksize: elements of the flattened weight to one scale; a power of two from 32 to 4096.
+        nested: whether the scales are quantized too, to 8 bits ("double quantization").
+    """
+
+    bits = 4
+
+    def _init_weight(self, quant_type: str, blocksize: int, nested: bool, device) -> None:
+        self.quant_type, self.blocksize, self.nested = quant_type, blocksize, nested
+        packed = torch.empty(self.packed_shape, dtype=torch.uint8, device=device)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self._quantized: FourBitWeight | None = None  # its `packed` is `weight`
+
+    @property
+    def packed_shape(self) -> tuple[int, int]:
+        """bitsandbytes' [bytes, 1]; of an embedding [num_embeddings, bytes to a row], by which PEFT finds one."""
+        rows, columns = self.shape
+        return (rows, columns // 2) if isinstance(self, nn.Embedding) else ((rows * columns + 1) // 2, 1)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has filled the weight yet."""
+        return self._quantized is None
+
+    @property
+    def quantized_weight(self) -> FourBitWeight:
+        """The weight as the operators take it, for every call anew: parameters are replaced at any time.
+
+        Raises:
+            RuntimeError: the layer is empty.
+        """
+        quantized, weight = self._quantized, self.weight
+        if quantized is None:
+            raise RuntimeError(
+                f"The {type(self).__name__} has no weight yet: fill it by load_state_dict or set_weight."
+            )
+        if quantized.packed is not weight:
+            quantized = self._quantized = replace(quantized, packed=weight)
+        return quantized
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight, of the layer's `shape`, in `dtype`; None: that which it had before it was quantized."""
+        return fourbit_dequantize(self.quantized_weight, dtype)
+
+    def encode(self, dense: Tensor) -> FourBitWeight:
+        how = dict(quant_type=self.quant_type, blocksize=self.blocksize, nested=self.nested)
+        quantized = fourbit_quantize(dense, **how)
+        # What `dequantize` gives by default, and the checkpoint says, stays too.
+        return quantized if self._quantized is None else replace(quantized, dtype=self._quantized.dtype)
+
+    def assign(self, quantized: FourBitWeight) -> None:
+        """Makes `quantized`, of this layer's shape, the weight: shared and not copied, in a new parameter."""
+        packed = quantized.packed.detach().reshape(-1).view(torch.uint8).view(self.packed_shape)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self._quantized = replace(quantized, packed=self.weight)
+        self.quant_type, self.blocksize = quantized.quant_type, quantized.blocksize
+        self.nested = quantized.nested is not None
+
+    def share(self, other: FourBitLayer) -> None:
+        """Makes the weight of `other` that of this layer too: the same parameter, the same scales.
+
+        Raises:
+            ValueError: it has another format or shape.
+        """
+        self.check_format_of(other)
+        self.weight, self._quantized = other.weight, other.quantized_weight
+        self.quant_type, self.blocksize, self.nested = other.quant_type, other.blocksize, other.nested
+
+    def _apply(self, fn, recurse: bool = True) -> FourBitLayer:
+        """Where `.to`, `.half` and the like end: what describes the weight moves with it and is never cast."""
+        super()._apply(fn, recurse)
+        if self._quantized is not None:
+            device = self.weight.device
+            on_meta = device.type == "meta"  # which holds no values: empty again
+            self._quantized = None if on_meta else replace(self._quantized, packed=self.weight).to(device)
+        return self
+
+    def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._quantized is not None:
+            for entry, value in pack_state(self.quantized_weight).items():
+                destination[f"{prefix}weight{entry}"] = value
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        """Reads and checks all that is this layer's before it assigns any of it.
+
+        Raises:
+            ValueError: the entries of the weight do not fit together or not this layer; the message names the tensor.
+        """
+        name = f"{prefix}weight"
+        state = {
+            key.removeprefix(name): value
+            for key, value in state_dict.items()
+            if key == name or key.startswith(f"{name}.")
+        }
+        others = {key: value for key, value in state_dict.items() if key.removeprefix(name) not in state}
+        quantized = unpack_state(state, self.shape, name) if state else None
+        errors = len(error_msgs)
+        super()._load_from_state_dict(
+            others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if quantized is None or len(error_msgs) > errors:
+            return
+        if strict:
+            missing_keys.remove(name)
+            unexpected_keys += [name + entry for entry in state if entry not in ENTRIES]
+        if not local_metadata.get("assign_to_params_buffers", False):
+            quantized = copy.deepcopy(quantized)
+            if not self.weight.is_meta:
+                quantized = quantized.to(self.weight.device)
+        self.assign(quantized)
+
+
+class Linear4bit(FourBitLayer, QuantizedLinear):
     """y = x W^T + bias with a frozen W in bitsandbytes' 4-bit format   (Dettmers et al., QLoRA, NeurIPS 2023).
 
     Its `state_dict` is, byte for byte, that of `bitsandbytes.nn.Linear4bit`; bitsandbytes is not needed. Casting the
@@ -57,20 +187,10 @@ class Linear4bit(nn.Linear):
         Raises:
             TypeError, ValueError: an argument is not usable; the message names it.
         """
-        nn.Module.__init__(self)  # nn.Linear's own would allocate a dense weight
         check_format(quant_type, blocksize, nested, compute_dtype)
-        self.in_features, self.out_features = in_features, out_features
-        self.quant_type, self.blocksize, self.nested = quant_type, blocksize, nested
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._init_weight(quant_type, blocksize, nested, device)
         self.compute_dtype = compute_dtype
-        size = (in_features * out_features + 1) // 2
-        packed = torch.empty(size, 1, dtype=torch.uint8, device=device)
-        self.weight = nn.Parameter(packed, requires_grad=False)
-        self.register_parameter("bias", None)
-        if bias:
-            self.bias = nn.Parameter(
-                torch.empty(out_features, dtype=dtype, device=device), requires_grad=False
-            )
-        self._quantized: FourBitWeight | None = None  # its `packed` is `weight`
 
     @classmethod
     def from_linear(
@@ -86,14 +206,14 @@ class Linear4bit(nn.Linear):
         Raises:
             TypeError, ValueError: an argument is not usable, or the weight is not finite; the message names it.
         """
-        if not isinstance(linear, nn.Linear) or isinstance(linear, Linear4bit):
+        if not isinstance(linear, nn.Linear) or isinstance(linear, QuantizedLayer):
             raise TypeError(f"linear must be a dense torch.nn.Linear, got {type(linear).__name__}.")
         layer = cls(
             linear.in_features, linear.out_features, bias=False, quant_type=quant_type, blocksize=blocksize,
             nested=nested, compute_dtype=compute_dtype, device="meta",
         )  # fmt: skip
         layer.assign(layer.quantize(linear.weight))
-        layer._share_bias(linear.bias)
+        layer.share_bias(linear.bias)
         return layer.train(linear.training)
 
     @classmethod
@@ -113,134 +233,14 @@ class Linear4bit(nn.Linear):
             raise ValueError(f"bias has shape {list(bias.shape)}, expected [{out_features}].")
         layer = cls(in_features, out_features, bias=False, compute_dtype=compute_dtype, device="meta")
         layer.assign(quantized)
-        layer._share_bias(bias)
+        layer.share_bias(bias)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features] in the dtype of x."""
-        bias = self.bias
-        if bias is not None and bias.dtype is not x.dtype:
-            bias = bias.float()  # exact, and fits every x
-        return fourbit_linear(x, self.quantized_weight, bias=bias, compute_dtype=self.compute_dtype)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing has filled the weight yet."""
-        return self._quantized is None
-
-    @property
-    def quantized_weight(self) -> FourBitWeight:
-        """The weight as the operators take it, for every call anew: parameters are replaced at any time.
-
-        Raises:
-            RuntimeError: the layer is empty.
-        """
-        quantized, weight = self._quantized, self.weight
-        if quantized is None:
-            raise RuntimeError("The Linear4bit has no weight yet: fill it by load_state_dict or set_weight.")
-        if quantized.packed is not weight:
-            quantized = self._quantized = replace(quantized, packed=weight)
-        return quantized
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight, [out_features, in_features], in `dtype`; None: that which it had before it was quantized."""
-        return fourbit_dequantize(self.quantized_weight, dtype)
-
-    @torch.no_grad()
-    def set_weight(self, dense: Tensor) -> float:
-        """Quantizes `dense` into this layer, whose quant type, block size and nesting stay.
-
-        Args:
-            dense: [out_features, in_features], float32, bfloat16 or float16.
-        Returns:
-            The error of doing so: ‖dequantized - dense‖ / ‖dense‖.
-        Raises:
-            TypeError, ValueError: `dense` is not usable or not finite; the layer stays as it was.
-        """
-        quantized = self.quantize(dense, "dense")
-        distance = torch.linalg.vector_norm(fourbit_dequantize(quantized, torch.float32).sub_(dense))
-        norm = torch.linalg.vector_norm(dense, dtype=torch.float32)
-        self.assign(quantized if self.weight.is_meta else quantized.to(self.weight.device))
-        return (distance / norm).item() if norm > 0 else 0.0
-
-    def quantize(self, dense: Tensor, name: str = "weight") -> FourBitWeight:
-        """`dense` in this layer's format; the layer stays as it is. Errors speak of `dense` as `name`.
-
-        Raises:
-            TypeError, ValueError: `dense` is not usable or not finite.
-        """
-        shape = (self.out_features, self.in_features)
-        if not isinstance(dense, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(dense).__name__}.")
-        if dense.shape != shape:
-            raise ValueError(f"{name} has shape {list(dense.shape)}, expected {list(shape)}.")
-        if dense.is_meta:
-            raise ValueError(f"{name} is on the meta device, which holds no values to quantize.")
-        how = dict(quant_type=self.quant_type, blocksize=self.blocksize, nested=self.nested)
-        try:
-            quantized = fourbit_quantize(dense, **how)
-        except (TypeError, ValueError) as error:
-            raise type(error)(str(error).replace("weight", name, 1)) from None
-        # What `dequantize` gives by default, and the checkpoint says, stays too.
-        return quantized if self._quantized is None else replace(quantized, dtype=self._quantized.dtype)
-
-    def assign(self, quantized: FourBitWeight) -> None:
-        """Makes `quantized`, of this layer's shape, the weight: shared and not copied, in a new parameter."""
-        packed = quantized.packed.detach().reshape(-1).view(torch.uint8).unsqueeze(1)
-        self.weight = nn.Parameter(packed, requires_grad=False)
-        self._quantized = replace(quantized, packed=self.weight)
-        self.quant_type, self.blocksize = quantized.quant_type, quantized.blocksize
-        self.nested = quantized.nested is not None
-
-    def _share_bias(self, bias: Tensor | None) -> None:
-        if bias is not None:
-            self.bias = nn.Parameter(bias.detach(), requires_grad=False)
-
-    def _apply(self, fn, recurse: bool = True) -> Linear4bit:
-        """Where `.to`, `.half` and the like end: what describes the weight moves with it and is never cast."""
-        super()._apply(fn, recurse)
-        if self._quantized is not None:
-            device = self.weight.device
-            on_meta = device.type == "meta"  # which holds no values: empty again
-            self._quantized = None if on_meta else replace(self._quantized, packed=self.weight).to(device)
-        return self
-
-    def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._quantized is not None:
-            for entry, value in pack_state(self.quantized_weight).items():
-                destination[f"{prefix}weight{entry}"] = value
-
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ) -> None:
-        """Reads and checks all that is this layer's before it assigns any of it.
-
-        Raises:
-            ValueError: the entries of the weight do not fit together or not this layer; the message names the tensor.
-        """
-        name = f"{prefix}weight"
-        state = {
-            key.removeprefix(name): value
-            for key, value in state_dict.items()
-            if key == name or key.startswith(f"{name}.")
-        }
-        others = {key: value for key, value in state_dict.items() if key.removeprefix(name) not in state}
-        quantized = unpack_state(state, (self.out_features, self.in_features), name) if state else None
-        errors = len(error_msgs)
-        super()._load_from_state_dict(
-            others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        return fourbit_linear(
+            x, self.quantized_weight, bias=self.bias_for(x), compute_dtype=self.compute_dtype
         )
-        if quantized is None or len(error_msgs) > errors:
-            return
-        if strict:
-            missing_keys.remove(name)
-            unexpected_keys += [name + entry for entry in state if entry not in ENTRIES]
-        if not local_metadata.get("assign_to_params_buffers", False):
-            quantized = copy.deepcopy(quantized)
-            if not self.weight.is_meta:
-                quantized = quantized.to(self.weight.device)
-        self.assign(quantized)
 
     def extra_repr(self) -> str:
         return (
@@ -248,6 +248,53 @@ class Linear4bit(nn.Linear):
             f"quant_type={self.quant_type}, blocksize={self.blocksize}, nested={self.nested}, "
             f"compute_dtype={self.compute_dtype}"
         )
+
+
+class Embedding4bit(FourBitLayer, QuantizedEmbedding):
+    """`nn.Embedding` with a frozen weight in bitsandbytes' 4-bit format; only rows that are asked for are dequantized.
+
+    The bytes are those of `bitsandbytes.nn.Embedding4bit`, which cannot be saved; the entries of the `state_dict` are
+    those of `Linear4bit`. A row need not be a whole number of blocks. `Embedding4bit(...)` is empty until
+    `load_state_dict` or `set_weight` fills it; `from_embedding` makes one that is filled.
+
+    Attributes:
+        weight: uint8 [num_embeddings, embedding_dim / 2], two codes to a byte, frozen.
+        dtype: of what comes out; casting the module changes it.
+        quant_type, blocksize, nested: as in `Linear4bit`.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        *,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+        nested: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """An empty layer.
+
+        Raises:
+            TypeError, ValueError: an argument is not usable; the message names it.
+        """
+        check_format(quant_type, blocksize, nested)
+        if embedding_dim % 2:
+            raise ValueError(
+                f"embedding_dim must be even, so that every row begins with a byte, got {embedding_dim}."
+            )
+        super().__init__(num_embeddings, embedding_dim, padding_idx, dtype)
+        self._init_weight(quant_type, blocksize, nested, device)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Ids [...] -> [..., embedding_dim]."""
+        return fourbit_embedding(input, self.quantized_weight, self.dtype)
+
+    def extra_repr(self) -> str:
+        format = f"quant_type={self.quant_type}, blocksize={self.blocksize}, nested={self.nested}"
+        return f"{super().extra_repr()}, {format}"
 
 
 def quantize_linears(
@@ -405,19 +452,3 @@ def check_format(
         raise TypeError(f"nested must be True or False, got {nested!r}.")
     if compute_dtype is not None and compute_dtype not in DTYPES:
         raise ValueError(f"compute_dtype must be None, float32, bfloat16 or float16, got {compute_dtype!r}.")
-
-
-def check_dense(weight: Tensor, name: str) -> None:
-    """One sentence for a dense weight that cannot be quantized.
-
-    Raises:
-        TypeError, ValueError: as described; the message begins with `name`.
-    """
-    if weight.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {name_of(weight.dtype)}.")
-    if weight.is_meta:
-        raise ValueError(f"{name} is on the meta device, which holds no values to quantize.")
-    if weight.numel() and not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
-        raise ValueError(
-            f"{name} holds values that are not finite (NaN or infinity): it cannot be quantized."
-        )

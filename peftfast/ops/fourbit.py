@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from peftfast import _C, reference  # noqa: F401  (_C registers the operators)
 from peftfast.ops.devices import KERNEL_DEVICES
@@ -16,6 +17,7 @@ from peftfast.ops.lora import (
     DTYPES,
     check_adapters,
     check_bias,
+    check_ids,
     check_tensors,
     name_of,
     refuse_second_derivative,
@@ -105,6 +107,48 @@ def fourbit_dequantize(weight: FourBitWeight, dtype: torch.dtype | None = None) 
         return reference.fourbit_dequantize(weight, dtype)
     count = math.prod(weight.shape)
     return DEQUANTIZE(*parts_of(weight), 1, count, DTYPES.index(dtype)).view(weight.shape)
+
+
+def fourbit_embedding(ids: Tensor, weight: FourBitWeight, dtype: torch.dtype | None = None) -> Tensor:
+    """The rows `ids` of the dequantized weight; no others are dequantized.
+
+    Args:
+        ids: int64 or int32 [...], each in [0, N).
+        weight: of shape [N, K] with an even K, so that every row begins with a byte.
+        dtype: float32, bfloat16 or float16; None: that of the weight before it was quantized.
+    Returns:
+        [..., K].
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, dtype, device or value; the message names it.
+        IndexError: an id is out of range.
+    """
+    dtype = dtype or weight.dtype
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype must be float32, bfloat16 or float16, got {name_of(dtype)}.")
+    check_weight(weight)
+    check_ids(ids, weight.packed.device)
+    if len(weight.shape) != 2 or weight.shape[1] % 2:
+        raise ValueError(f"weight must have 2 dimensions, the last even, got shape {list(weight.shape)}.")
+    rows, columns = weight.shape
+    flat = ids.reshape(-1).long()
+    packed = F.embedding(flat, weight.packed.reshape(-1).view(torch.uint8).view(rows, columns // 2))
+    # So many columns share a scale, in every row alike: a row need not begin with a block.
+    blocksize = math.gcd(columns, weight.blocksize)
+    first = (flat * (columns // blocksize)).unsqueeze(1)
+    blocks = (first + torch.arange(columns // blocksize, device=ids.device)) // (
+        weight.blocksize // blocksize
+    )
+    absmax, nested = weight.absmax[blocks], weight.nested
+    if nested is not None:
+        absmax = nested.code[absmax.long()] * nested.absmax[blocks // nested.blocksize] + nested.offset
+    found = FourBitWeight(
+        packed.view(-1), absmax.view(-1), (len(flat), columns), weight.dtype, weight.quant_type, blocksize
+    )
+    if ids.device.type in KERNEL_DEVICES and blocksize in FOURBIT_BLOCKSIZES:
+        decoded = DEQUANTIZE(*parts_of(found), *found.shape, DTYPES.index(dtype))
+    else:
+        decoded = reference.fourbit_dequantize(found, dtype)
+    return decoded.view(*ids.shape, columns)
 
 
 def _check_format(quant_type: str, blocksize: int) -> None:

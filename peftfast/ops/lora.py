@@ -79,6 +79,32 @@ def call(x, weight, lora_A, lora_B, scaling, bias, dropout, transposed, seed=Non
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
+def low_rank(
+    x: Tensor, lora_A, lora_B, scaling, dropout, seed: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """U [M, r] and B [N, r] of all adapters together, whose term is U B^T; in at least fp32, recorded by autograd.
+
+    It is the operator of a layer of r outputs, all of whose base weights are zero.
+    """
+    if not lora_A:
+        return None, None
+    wide = torch.promote_types(x.dtype, torch.float32)
+    ranks = [A.shape[0] for A in lora_A]
+    selections = torch.eye(sum(ranks), device=x.device, dtype=wide).split(ranks, dim=1)
+    if seed is None and any(dropout):
+        seed = torch.randint(2**63 - 1, (1,), device=x.device)
+    linear = call if wide == torch.float32 else _reference
+    zero = x.new_zeros(sum(ranks), x.shape[1], dtype=wide)
+    U = linear(
+        x.to(wide), zero, [A.to(wide) for A in lora_A], list(selections), scaling, None, dropout, False, seed
+    )
+    return U, torch.cat([B.to(wide) for B in lora_B], dim=1)
+
+
+def _reference(x, weight, lora_A, lora_B, scaling, bias, dropout, transposed, seed) -> Tensor:
+    return reference.lora_linear(x, weight, lora_A, lora_B, scaling, dropout=dropout, seed=seed)
+
+
 def _dispatch(x, weight, bias, lora_A, lora_B, scaling, dropout, seed, transposed):
     """FORWARD, without the detour through the dispatcher's autograd key: 15 us, a part of a small layer's time."""
     if torch.compiler.is_compiling():
@@ -158,6 +184,15 @@ def check_adapters(x, lora_A, lora_B, scaling, dropout, seed, outputs: int, inpu
         check_scaling(s, f"scaling[{i}]")
         check_dropout(p, f"dropout[{i}]")
     check_seed(seed)
+
+
+def check_ids(ids: Tensor, device: torch.device) -> None:
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"ids must be a tensor, got {type(ids).__name__}.")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"ids must be int64 or int32, got {name_of(ids.dtype)}.")
+    if ids.device != device:
+        raise ValueError(f"ids is on {ids.device}, but weight is on {device}.")
 
 
 def check_scaling(scaling: float | Tensor, name: str = "scaling") -> None:

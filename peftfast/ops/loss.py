@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftfast import reference
-from peftfast.ops import fourbit, lora
-from peftfast.ops.fourbit import FourBitWeight, check_weight, parts_of
+from peftfast.ops import eightbit, fourbit, lora
+from peftfast.ops.eightbit import EightBitWeight
+from peftfast.ops.fourbit import FourBitWeight, parts_of
 from peftfast.ops.lora import (
     DTYPES,
     KERNEL_DEVICES,
@@ -20,6 +21,7 @@ from peftfast.ops.lora import (
     check_bias,
     check_number,
     check_tensors,
+    low_rank,
     name_of,
 )
 from peftfast.reference import as_list
@@ -34,7 +36,7 @@ PANEL = 8192
 
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor | FourBitWeight,
+    weight: Tensor | FourBitWeight | EightBitWeight,
     labels: Tensor,
     *,
     bias: Tensor | None = None,
@@ -59,7 +61,8 @@ def linear_cross_entropy(
 
     Args:
         hidden: [..., H]; float64, float32, bfloat16 or float16.
-        weight: [V, H] in the dtype of hidden, trained or frozen; or in 4 bits.
+        weight: [V, H] in the dtype of hidden, trained or frozen; or in 4 or 8 bits, and
+            frozen.
         labels: int64 [...], each in [0, V) or `ignore_index`. They are not shifted.
         bias: [V] in the dtype of hidden or float32.
         lora_A, lora_B, scaling, dropout, seed: of adapters on the head, as in `lora_linear`.
@@ -103,7 +106,7 @@ def call(
     rows = hidden.reshape(-1, hidden.shape[-1])
     targets = labels.reshape(-1)
     with torch.autocast(device, enabled=False):
-        low_rank, B = _low_rank(rows, lora_A, lora_B, scaling, dropout, seed)
+        u, B = low_rank(rows, lora_A, lora_B, scaling, dropout, seed)
         is_dense = isinstance(weight, Tensor)
         vocabulary = weight.shape[0]
         kept = (targets != ignore_index).nonzero().squeeze(1)
@@ -124,32 +127,8 @@ def call(
             kept, targets[kept], None if is_dense else weight, compute_dtype, logit_scale, softcap, divisor,
             per_row, at_once=torch.is_grad_enabled() and not per_row,
         )  # fmt: skip
-        loss = _LinearCrossEntropy.apply(task, rows, weight if is_dense else None, bias, low_rank, B)
+        loss = _LinearCrossEntropy.apply(task, rows, weight if is_dense else None, bias, u, B)
         return loss.view(labels.shape) if per_row else loss
-
-
-def _low_rank(x: Tensor, lora_A, lora_B, scaling, dropout, seed) -> tuple[Tensor | None, Tensor | None]:
-    """U [T, r] and B [V, r] of all adapters together, whose term is U B^T; in fp32, recorded by autograd.
-
-    It is the operator of a layer of r outputs, all of whose base weights are zero.
-    """
-    if not lora_A:
-        return None, None
-    wide = _accumulator(x.dtype)
-    ranks = [A.shape[0] for A in lora_A]
-    selections = torch.eye(sum(ranks), device=x.device, dtype=wide).split(ranks, dim=1)
-    if seed is None and any(dropout):
-        seed = torch.randint(2**63 - 1, (1,), device=x.device)
-    linear = lora.call if wide == torch.float32 else _reference_lora
-    zero = x.new_zeros(sum(ranks), x.shape[1], dtype=wide)
-    low_rank = linear(
-        x.to(wide), zero, [A.to(wide) for A in lora_A], list(selections), scaling, None, dropout, False, seed
-    )
-    return low_rank, torch.cat([B.to(wide) for B in lora_B], dim=1)
-
-
-def _reference_lora(x, weight, lora_A, lora_B, scaling, bias, dropout, transposed, seed) -> Tensor:
-    return reference.lora_linear(x, weight, lora_A, lora_B, scaling, dropout=dropout, seed=seed)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -162,7 +141,7 @@ class _Task:
 
     kept: Tensor  # int64 [rows], those that are not ignored
     targets: Tensor  # int64 [rows], their labels
-    fourbit: FourBitWeight | None  # in the place of a dense weight
+    quantized: FourBitWeight | EightBitWeight | None  # in the place of a dense weight
     compute_dtype: torch.dtype | None
     logit_scale: float
     softcap: float | None
@@ -251,7 +230,7 @@ def _run(task: _Task, hidden, weight, bias, low_rank, B, row_weights, wanted) ->
     """
     want_hidden, want_weight, want_bias, want_low_rank, want_B = wanted
     wide = _accumulator(hidden.dtype)
-    operand = weight if task.fourbit is None else task.fourbit
+    operand = weight if task.quantized is None else task.quantized
     vocabulary, count = operand.shape[0], len(task.kept)
     project, project_back = _products(operand, bias, hidden, task.compute_dtype)
     if B is not None:
@@ -330,9 +309,17 @@ def _softmax(
 
 
 def _products(
-    weight: Tensor | FourBitWeight, bias: Tensor | None, like: Tensor, compute_dtype: torch.dtype | None
+    weight: Tensor | FourBitWeight | EightBitWeight,
+    bias: Tensor | None,
+    like: Tensor,
+    compute_dtype: torch.dtype | None,
 ) -> tuple[Callable, Callable]:
     """x -> x W^T + bias, and (grad_y, x) -> grad_y W; for x like `like`, and below autograd."""
+    if isinstance(weight, EightBitWeight):
+        return (
+            lambda x: eightbit.project(x, weight, bias),
+            lambda grad_y, x: eightbit.project_back(grad_y, weight),
+        )
     if isinstance(weight, FourBitWeight):
         if like.device.type in KERNEL_DEVICES and like.dtype in DTYPES:
             parts, compute = parts_of(weight), DTYPES.index(compute_dtype or like.dtype)
@@ -367,10 +354,16 @@ def _check(
     num_items_in_batch, logit_scale, softcap, compute_dtype,
 ) -> None:  # fmt: skip
     """One sentence for each argument that is wrong."""
-    is_dense = not isinstance(weight, FourBitWeight)
-    if not is_dense:
-        check_weight(weight)
-    tensors = {"x": hidden, "weight": weight if is_dense else weight.packed, "bias": bias, "seed": seed}
+    is_dense, held = False, weight
+    if isinstance(weight, FourBitWeight):
+        fourbit.check_weight(weight)
+        held = weight.packed
+    elif isinstance(weight, EightBitWeight):
+        eightbit.check_weight(weight)
+        held = weight.codes
+    else:
+        is_dense = True
+    tensors = {"x": hidden, "weight": held, "bias": bias, "seed": seed}
     for name, value in {"hidden": hidden, "weight": tensors["weight"], "labels": labels}.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}.")
