@@ -13,18 +13,27 @@ import pytest
 import torch
 from rich.console import Console
 from test_cli import model_folder, moe_folder, refusal, run, tokenizer, write_jsonl  # noqa: F401
-from transformers import TrainerControl, TrainerState
+from transformers import Trainer, TrainerControl, TrainerState
 
 import peftfast
 from peftfast.cli import main
 from peftfast.cli.checkpoints import Checkpoints
 from peftfast.cli.errors import UserError
 from peftfast.cli.progress import LINES, ProgressBar
-from peftfast.cli.settings import BITSANDBYTES_OPTIMIZERS, OPTIMIZERS, TrainSettings
+from peftfast.cli.settings import OPTIMIZERS, TrainSettings
 from peftfast.cli.train import LOG_FILE, PICTURE_FILE, RESULT_FILE, train
-from peftfast.cli.trainer import WEIGHTS_FILE, FineTuner
+from peftfast.cli.trainer import WEIGHTS_FILE, FineTuner, training_arguments
 
 WORDS = ["".join(chr(97 + (7 * i + 3 * j) % 26) for j in range(3)) for i in range(20)]
+
+
+@pytest.fixture(autouse=True)
+def pictures(monkeypatch):
+    """Pictures take longer than these runs: they are drawn where a test asks for it."""
+    monkeypatch.setattr("peftfast.ExpertProfile.plot", lambda *_: None)
+    with monkeypatch.context() as patch:
+        patch.setattr("peftfast.cli.train.draw", lambda *_: None)
+        yield patch
 
 
 @pytest.fixture
@@ -91,7 +100,6 @@ def untimed(log):
         dict(method="bottleneck", bottleneck_size=4),
         dict(method="prefix", encoder_hidden_size=8),
         dict(method="prompt", gradient_checkpointing=True),
-        dict(method="p-tuning"),
         dict(method="full", dtype="bf16", optimizer="adafactor"),
         dict(method="lora", experts="profile:0.5", router="train", eval_steps=2),
     ],
@@ -133,28 +141,28 @@ def test_killed_at_any_moment_it_resumes(settings, forks, tmp_path):
         process.start()
         return process
 
-    steps = dict(max_steps=40, lora_dropout=0.1)
+    steps = dict(max_steps=24, lora_dropout=0.1)
     process = start(settings("whole", **steps))
     process.join()
     assert process.exitcode == 0
 
     checkpoints, moments, killed = Checkpoints(tmp_path / "out"), random.Random(0), 0
     partial = f".out-*/checkpoint-*/{WEIGHTS_FILE}"
-    for least in (1, 7, 14):  # the second while a checkpoint is written
+    for least in (1, 9):  # the second while a checkpoint is written
         resume = checkpoints.newest() is not None
         process = start(settings(save_steps=3, resume=resume, **steps))
         while process.is_alive():
             newest = checkpoints.newest()
-            ready = newest is not None and newest.step >= least
-            if ready and (least != 7 or any(checkpoints.folder.glob(partial))):
-                time.sleep(0.05 * moments.random() * (least != 7))
-                os.kill(process.pid, signal.SIGKILL)
+            if newest and newest.step >= least and (least != 9 or any(checkpoints.folder.glob(partial))):
+                time.sleep(0.05 * moments.random() * (least != 9))
+                process.kill()
+                break
             time.sleep(0.001)
         process.join()
         killed += process.exitcode == -signal.SIGKILL
         assert checkpoints.newest() is not None
         assert not (tmp_path / "out").exists()
-    assert killed == 3
+    assert killed == 2
 
     process = start(settings(save_steps=3, resume=True, **steps))
     process.join()
@@ -310,13 +318,13 @@ def test_out_of_memory_says_what_takes_less(settings, monkeypatch, tmp_path, cap
 
 
 def test_divergence_keeps_the_last_good_checkpoint(settings, monkeypatch, tmp_path, capsys):
-    step = FineTuner.training_step
+    step = Trainer.training_step
 
     def diverging(self, *args):
         loss = step(self, *args)
         return loss * math.nan if self.state.global_step >= 5 else loss
 
-    monkeypatch.setattr(FineTuner, "training_step", diverging)
+    monkeypatch.setattr(Trainer, "training_step", diverging)
     assert "training diverged (the loss is not finite)" in refusal(
         capsys, *arguments(settings(save_steps=1, logging_steps=10))
     )
@@ -334,9 +342,9 @@ def test_an_interruption_says_how_to_go_on(settings, monkeypatch, capsys):
 # ---- options with Trainer's names -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora", "mixture", "bottleneck", "prefix", "full", "experts"])
+@pytest.mark.parametrize("method", ["qlora", "mixture", "bottleneck", "prefix", "full", "experts"])
 def test_checkpointed_layers_train_alike(settings, moe_folder, monkeypatch, method):  # noqa: F811
-    options = dict(method=method, max_steps=3, logging_steps=1)
+    options = dict(method=method, max_steps=2, logging_steps=1, eval_share=0)
     if method == "experts":
         options |= dict(method="lora", model=str(moe_folder), lora_dropout=0.1, experts="profile:1")
     plain, step, seen = train(settings("plain", **options)), FineTuner.training_step, set()
@@ -352,7 +360,7 @@ def test_checkpointed_layers_train_alike(settings, moe_folder, monkeypatch, meth
     assert checkpointed.expert_load == plain.expert_load
 
 
-@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name not in BITSANDBYTES_OPTIMIZERS])
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adafactor", "sgd"])
 def test_optimizers_of_torch_train(settings, optimizer, monkeypatch):
     made, create = [], FineTuner.create_optimizer
 
@@ -361,21 +369,37 @@ def test_optimizers_of_torch_train(settings, optimizer, monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(FineTuner, "create_optimizer", watched)
-    result = train(settings(optimizer=optimizer, max_steps=4, eval_share=0))
+    result = train(settings(optimizer=optimizer, max_steps=2, logging_steps=1, eval_share=0))
     assert type(made[0]).__name__.lower() == optimizer.split("_")[0]
     assert result.losses[-1][1] != result.losses[0][1]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
-def test_optimizers_of_bitsandbytes_train_or_are_refused(settings, optimizer, monkeypatch):
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_is_known_to_trainer(settings, tmp_path, optimizer):
+    assert training_arguments(settings(optimizer=optimizer), tmp_path, 1).optim == optimizer
+
+
+def test_optimizers_of_bitsandbytes_train_or_are_refused(settings, monkeypatch):
     pytest.importorskip("bitsandbytes")
     try:
-        whole = train(settings("whole", optimizer=optimizer))
+        whole = train(settings("whole", optimizer="adamw_8bit"))
     except UserError as error:
-        assert f"--optimizer {optimizer}: bitsandbytes has it not for cpu: " in str(error)
+        assert "--optimizer adamw_8bit: bitsandbytes has it not for " in str(error)
         return
-    interrupted(settings, monkeypatch, optimizer=optimizer)
-    assert train(settings(resume=True, optimizer=optimizer)).losses == whole.losses
+    interrupted(settings, monkeypatch, optimizer="adamw_8bit")
+    assert train(settings(resume=True, optimizer="adamw_8bit")).losses == whole.losses
+
+
+def test_what_bitsandbytes_cannot_do_is_a_sentence(settings, monkeypatch, capsys):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+
+    def refuse(*args):
+        raise RuntimeError("no kernel\nfor this")
+
+    monkeypatch.setattr(bitsandbytes.optim.AdamW, "step", refuse)
+    error = refusal(capsys, *arguments(settings(optimizer="paged_adamw_8bit")))
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    assert f"--optimizer paged_adamw_8bit: bitsandbytes has it not for {device.type}: no kernel." in error
 
 
 def test_a_missing_bitsandbytes_is_named(settings, monkeypatch, capsys):
@@ -387,9 +411,7 @@ def test_a_missing_bitsandbytes_is_named(settings, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("schedule", "shares"),
     [
-        ("linear", [0, 0.5, 1, 0.75, 0.5, 0.25]),
         ("cosine", [0, 0.5, 1, *((1 + math.cos(math.pi * step / 4)) / 2 for step in (1, 2, 3))]),
-        ("constant", [1] * 6),
         ("constant_with_warmup", [0, 0.5, 1, 1, 1, 1]),
     ],
 )
@@ -444,23 +466,25 @@ def test_the_log_holds_what_is_expected(settings, tmp_path):
     assert lines == result.log == json.loads((tmp_path / "out" / RESULT_FILE).read_text())["log"]
     losses = [entry for entry in lines if "loss" in entry]
     assert [entry["step"] for entry in losses] == [3, 6, 9]
+    # A prompt of 4 tokens, a completion of 3 and the end; 18 examples by 4, and the rest of 2 at the end of an epoch.
+    assert [entry["tokens"] for entry in losses] == [8 * 3 * 4, 8 * (18 + 4), 8 * (18 + 4 * 4)]
     for entry in losses:
         assert entry.keys() == {
             *("step", "epoch", "loss", "grad_norm", "learning_rate", "tokens"),
             *("tokens_per_second", "peak_memory_mib"),
         }
-        assert entry["tokens"] == entry["step"] * 4 * 8  # a prompt of 4, a completion of 3 and the end
         assert 0 < entry["tokens_per_second"] < 1e7
         assert 50 < entry["peak_memory_mib"] <= result.peak_memory_mib
     evaluated = {entry["step"]: entry for entry in lines if "eval_loss" in entry}
-    assert list(evaluated) == [4, 8]
+    assert list(evaluated) == [4, 8, 10]
     assert evaluated[8]["eval_perplexity"] == math.exp(evaluated[8]["eval_loss"])
     # Looking changes nothing.
     assert train(settings("unseen", max_eval_examples=2)).losses == result.losses
 
 
-def test_the_losses_are_drawn(settings, tmp_path):
+def test_the_losses_are_drawn(settings, tmp_path, pictures):
     pytest.importorskip("matplotlib")
+    pictures.undo()
     train(settings(eval_steps=4))
     picture = (tmp_path / "out" / PICTURE_FILE).read_bytes()
     assert picture.startswith(b"\x89PNG")

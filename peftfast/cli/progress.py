@@ -108,11 +108,14 @@ def peak_memory_mib() -> float:
 # ---- the picture --------------------------------------------------------------------------------------------
 
 
-def draw(log: list[dict], before: float | None, after: float | None, title: str, path: Path) -> None:
+def draw(
+    log: list[dict], last: int, before: float | None, after: float | None, title: str, path: Path
+) -> None:
     """Draw the losses of a run over its steps, and the learning rate below them.
 
     Args:
         log: of TrainResult.
+        last: the last step.
         before: held-out loss before and, `after`, at the end of training; None without held-out examples.
     Raises:
         ImportError: matplotlib is not installed.
@@ -122,8 +125,9 @@ def draw(log: list[dict], before: float | None, after: float | None, title: str,
 
     trained = [entry for entry in log if "loss" in entry]
     steps, losses = ([entry[name] for entry in trained] for name in ("step", "loss"))
-    figure = Figure(figsize=(8, 5.6), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    figure = Figure(figsize=(8, 5.6))
+    margins = dict(left=0.1, right=0.97, bottom=0.1, top=0.93, hspace=0.12)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1), gridspec_kw=margins)
     many = len(trained) >= 10
     upper.plot(
         steps, losses, color="C0", alpha=0.35 if many else 1, marker="" if many else "o", label="training"
@@ -131,7 +135,6 @@ def draw(log: list[dict], before: float | None, after: float | None, title: str,
     if many:
         upper.plot(steps, _smooth(losses), color="C0", label="training, smoothed")
     held_out = [(entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry]
-    last = steps[-1]
     held_out = [(0, before), *(point for point in held_out if point[0] != last), (last, after)]
     held_out = [(step, loss) for step, loss in held_out if loss is not None]
     if held_out:
@@ -141,6 +144,7 @@ def draw(log: list[dict], before: float | None, after: float | None, title: str,
     upper.legend()
     lower.plot(steps, [entry["learning_rate"] for entry in trained], color="C2", marker="" if many else "o")
     lower.set_ylabel("learning rate")
+    figure.align_ylabels()
     lower.set_ylim(bottom=0)
     lower.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
     lower.set_xlabel("optimizer step")

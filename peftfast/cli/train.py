@@ -477,7 +477,7 @@ def draw(result: TrainResult, path: Path) -> None:
 
     method, model = result.settings["method"], Path(result.settings["model"]).name
     scores = [score and score.loss for score in (result.before, result.after)]
-    progress.draw(result.log, *scores, f"{method} on {model}", path)
+    progress.draw(result.log, result.steps, *scores, f"{method} on {model}", path)
 
 
 def show(result: TrainResult, console: Console) -> None:
