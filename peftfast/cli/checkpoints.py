@@ -70,11 +70,10 @@ class Checkpoints:
             state = "holds no whole checkpoint" if self.folder.is_dir() else "does not exist"
             raise UserError(f"--resume: there is nothing to resume, {self.folder} {state}.")
         told, before = jsonable(settings), newest.run["settings"]
-        for name in told:
-            if name not in FREE and name in before and told[name] != before[name]:
-                raise UserError(
-                    f"--resume: {option(name)} is {told[name]}, but {before[name]} in the interrupted run."
-                )
+        for name in sorted(told.keys() & before.keys() - set(FREE)):
+            if told[name] != before[name]:
+                now, then = ("not given" if value is None else value for value in (told[name], before[name]))
+                raise UserError(f"--resume: {option(name)} is {now}, but {then} in the interrupted run.")
         return newest
 
     @contextlib.contextmanager

@@ -219,7 +219,8 @@ def _fine_tune(
                 checkpoints.forget()
         folder = stack.enter_context(_folder_written_at_once(settings, checkpoints))
         run = Run(told={"settings": jsonable(settings)})
-        memory = OptimizerMemory()
+        memory, bar = OptimizerMemory(), ProgressBar(console)
+        stack.callback(bar.stop)
         # The padding side is the trainer's affair: on the right, the positions of a sequence start at 0.
         tokenizer.padding_side = "right"
         trainer = FineTuner(
@@ -231,7 +232,7 @@ def _fine_tune(
             train_dataset=_as_rows(examples),
             eval_dataset=_as_rows(held_out) or None,
             data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8),
-            callbacks=[ProgressBar(console), memory],
+            callbacks=[bar, memory],
         )
         if checkpoint:
             before = checkpoint.run["before"] and Evaluation(**checkpoint.run["before"])

@@ -105,10 +105,8 @@ class FineTuner(Trainer):
         self._started = time.perf_counter()
         try:
             self.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
-        except (
-            ValueError,
-            RuntimeError,
-        ) as error:  # of routing weights, before there is a loss; of a step's size
+        except (ValueError, RuntimeError) as error:
+            # Of routing weights, before there is a loss, and of the size of a step.
             if not any(sign in str(error) for sign in ("not finite", "without overflow")):
                 raise
             raise self._diverged(first_sentence(error)) from error
