@@ -1,5 +1,6 @@
 """How `peftfast train` runs: killed and resumed, out of disk or memory, its schedule, its log, what it shows."""
 
+import errno
 import json
 import math
 import multiprocessing
@@ -110,6 +111,8 @@ def test_resumed_is_as_if_never_interrupted(settings, moe_folder, tmp_path, monk
         options = options | {"model": str(moe_folder)}
     if options.get("objective") == "pretrain":
         options = options | {"data": write_jsonl(tmp_path / "t.jsonl", [{"text": 6 * w} for w in WORDS])}
+    if "eval_steps" not in options:
+        options = options | {"eval_share": 0}
     whole = train(settings("whole", **options))
     checkpoints = interrupted(settings, monkeypatch, **options)
     assert checkpoints.newest().step == 4  # and not 8, where it was interrupted before the checkpoint
@@ -141,7 +144,7 @@ def test_killed_at_any_moment_it_resumes(settings, forks, tmp_path):
         process.start()
         return process
 
-    steps = dict(max_steps=24, lora_dropout=0.1)
+    steps = dict(max_steps=20, lora_dropout=0.1, eval_share=0)
     process = start(settings("whole", **steps))
     process.join()
     assert process.exitcode == 0
@@ -286,6 +289,19 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(settings, monkeypatch, tmp_pa
     assert "With --resume the run goes on from step 4." in error
     assert sorted(path.name for path in folder.iterdir()) == [".lock", "checkpoint-4"]
     assert train(settings(resume=True)).losses == whole.losses
+
+
+def test_a_result_that_cannot_be_written_can_be_resumed(settings, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("peftfast.cli.train._write", full)
+        error = refusal(capsys, *arguments(settings(save_steps=4, eval_share=0)))
+    assert (
+        "out cannot be written: No space left on device. With --resume the run goes on from step 8." in error
+    )
+    assert train(settings(resume=True, eval_share=0)).steps == 10
 
 
 def test_a_place_that_cannot_be_written_is_named_before_training(settings, tmp_path, monkeypatch, capsys):
