@@ -87,10 +87,11 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.folder / LOCK_FILE, os.O_CREAT | os.O_RDWR)
         try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"--out {self.out}: another run is writing to it.") from None
+            with contextlib.suppress(OSError):  # of a file system without locks
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise UserError(f"--out {self.out}: another run is writing to it.") from None
             self._clear()
             try:
                 yield
@@ -122,8 +123,10 @@ class Checkpoints:
         shutil.rmtree(path, ignore_errors=True)  # one that is not whole
         os.rename(written, path)
         _sync(self.folder)
-        for earlier in self._whole()[:-KEPT]:
-            shutil.rmtree(earlier.path)
+        kept = [checkpoint.path for checkpoint in self._whole()[-KEPT:]]
+        for path in self._folders().values():
+            if path not in kept:
+                shutil.rmtree(path)
 
     def _folders(self) -> dict[int, Path]:
         """Return what is named like a checkpoint, by step, in its order."""
