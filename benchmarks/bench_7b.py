@@ -1,17 +1,17 @@
-"""How long does a training step of a 7B model take here, in how much memory, and what share of the ceiling is that?
+"""How long does a training step of a 1B or 7B model take, in how much memory, and what share of the ceiling is that?
 
-The architecture of Llama-2-7B, Qwen2.5-7B, Llama-3.1-8B or the mixture of experts OLMoE-1B-7B is built from its
-transformers configuration with random weights. Each linear layer, each projection of experts is made in the model's
-dtype, quantized to 4 bits (NF4, nested scales) at once and dropped, so that the model never exists whole in 16 bits;
-embeddings, routers and lm_head stay dense. PEFT puts LoRA adapters (r = 16, dropout 0.05, fp32) on all linear layers
-but lm_head, and on all experts of a mixture (then without dropout, which PEFT refuses there), or on a share of them
-(`peftfast.ExpertLoraConfig`). A step is one sequence of random tokens: forward, backward with every decoder layer
-checkpointed, AdamW.
+The architecture of TinyLlama-1.1B, Llama-2-7B, Qwen2.5-7B, Llama-3.1-8B or the mixture of experts OLMoE-1B-7B is built
+from its transformers configuration with random weights. Each linear layer, each projection of experts is made in the
+model's dtype, quantized to 4 bits (NF4, nested scales) at once and dropped, so that the model never exists whole in 16
+bits; embeddings, routers and lm_head stay dense, and with --dense all else does. PEFT puts LoRA adapters (r = 16,
+dropout 0.05, fp32) on all linear layers but lm_head, and on all experts of a mixture (then without dropout, which PEFT
+refuses there), or on a share of them (`peftfast.ExpertLoraConfig`). A step is one sequence of random tokens: forward,
+backward with every decoder layer checkpointed (unless --no-checkpointing), AdamW.
 
-- "peftfast": on `peftfast.nn.Linear4bit`, under `peftfast.enabled()`. The frozen lm_head, to which PEFT adds nothing,
-  runs on `peftfast.ops.lora_linear` without adapters.
-- with --compare: one model on `bitsandbytes.nn.Linear4bit`, timed in turn as "bitsandbytes" (PEFT and
-  bitsandbytes as they are) and as "peftfast" (the same model, as above).
+- "peftfast": on `peftfast.nn.Linear4bit`, under `peftfast.enabled()`.
+- with --compare: one model on `bitsandbytes.nn.Linear4bit`, or a dense one, timed in turn as "stock" (PEFT,
+  transformers and bitsandbytes as they are) and as "peftfast" (the same model, as above). By how much memory grows in
+  a step of either is measured, too.
 
 Usage:
 
@@ -19,14 +19,15 @@ Usage:
     python benchmarks/bench_7b.py --model qwen2.5-7b llama-3.1-8b --tokens 512
     python benchmarks/bench_7b.py --layers 8 --tokens 512 --compare --dtype fp32
     python benchmarks/bench_7b.py --model olmoe-1b-7b --tokens 512 --expert-share 1 0.25
+    python benchmarks/bench_7b.py --model tinyllama-1.1b --tokens 512 --compare --no-checkpointing --dense --dtype fp32
     python benchmarks/bench_7b.py --model tiny --steps 3                       # to see it work; seconds
 
 The dtype is that of activations, products, embeddings and lm_head. Each model has a process of its own. The peak of
 its resident memory (of the device's, with --device cuda) includes the build, and with several lengths all
 shorter ones. The work counted for the share of the ceiling is the least that the linear layers can do:
 2·M·K·N for each of forward, recomputed forward and input gradient (lm_head is not recomputed), and 2·M·r·(K + N)
-for each of the adapters' four, where M counts a token once for each of its experts. Attention, the loss and the
-optimizer count nothing, but their time does.
+for each of the adapters' four (three without checkpointing), where M counts a token once for each of its experts.
+Attention, the loss and the optimizer count nothing, but their time does.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ import contextlib
 import resource
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -67,11 +68,21 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, OlmoeConfig, PretrainedConfig, Qwen2Config
 
 import peftfast
+from peftfast import testing
 from peftfast.integrations.experts import FourBitExperts, is_experts, projections, quantize_experts, weight_of
 from peftfast.nn import Linear4bit
-from peftfast.ops import fourbit_quantize, lora_linear
+from peftfast.ops import fourbit_quantize
 
 CONFIGS: dict[str, Callable[..., PretrainedConfig]] = {
+    "tinyllama-1.1b": partial(
+        LlamaConfig,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        rms_norm_eps=1e-5,
+    ),
     "llama-2-7b": partial(LlamaConfig, max_position_embeddings=4096, rms_norm_eps=1e-5),
     "qwen2.5-7b": partial(
         Qwen2Config,
@@ -121,6 +132,8 @@ class Point:
     layers: int
     dtype: str
     tokens: int
+    dense: bool
+    checkpointing: bool
     expert_share: float | None = None  # of the experts of each layer, those with adapters
 
 
@@ -128,9 +141,10 @@ class Point:
 
 
 def build(
-    config: PretrainedConfig, dtype: torch.dtype, device: str, stock: bool, expert_share: float | None
+    config: PretrainedConfig, options: argparse.Namespace, dtype: torch.dtype, expert_share: float | None
 ) -> nn.Module:
-    """The model in 4 bits with adapters, ready to train; on bitsandbytes' layers if `stock`."""
+    """The model in 4 bits, or dense, with adapters, ready to train; on bitsandbytes' layers if it is to compare."""
+    device, stock = options.device, options.compare
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     base, head = model.base_model, model.get_output_embeddings()
@@ -144,7 +158,7 @@ def build(
 
     modules = list(model.named_modules())
     for name, module in track(modules, "quantizing", console=STDERR, transient=True):
-        if type(module) is nn.Linear and module is not head:
+        if type(module) is nn.Linear and module is not head and not options.dense:
             bias = None if module.bias is None else filled(module.bias)
             quantized = fourbit_quantize(filled(module.weight))
             layer = (bitsandbytes_layer if stock else Linear4bit.from_quantized)(quantized, bias, dtype)
@@ -152,11 +166,12 @@ def build(
         else:
             for key, parameter in module.named_parameters(recurse=False):
                 setattr(module, key, nn.Parameter(filled(parameter), requires_grad=False))
-            if is_experts(module) and not stock:
+            if is_experts(module) and not stock and not options.dense:
                 quantize_experts(module)
-    model.is_loaded_in_4bit = True  # As transformers tells PEFT.
-    model.activation_checkpointing_enable()
-    model.enable_input_require_grads()
+    model.is_loaded_in_4bit = not options.dense  # As transformers tells PEFT.
+    if options.checkpointing:
+        model.activation_checkpointing_enable()
+        model.enable_input_require_grads()
     options = dict(r=RANK, lora_alpha=32, task_type="CAUSAL_LM")
     if expert_share is None:
         adapters = LoraConfig(target_modules="all-linear", lora_dropout=0.05, **options)
@@ -171,18 +186,6 @@ def build(
             experts = {f"model.layers.{layer}.mlp.experts": chosen for layer in layers}
             adapters = peftfast.ExpertLoraConfig(experts=experts, **options)
     return get_peft_model(model, adapters).train()
-
-
-@contextlib.contextmanager
-def fused(model: nn.Module) -> Iterator[None]:
-    """The model on peftfast. Strict: a layer that is not on the fast path is an error, never a number."""
-    head = model.get_base_model().get_output_embeddings()
-    with peftfast.enabled(strict=True):
-        head.forward = lambda hidden: lora_linear(hidden, head.weight, (), (), ())
-        try:
-            yield
-        finally:
-            del head.forward
 
 
 def trainer(model: nn.Module, device: str) -> Callable[[int], Callable[[], None]]:
@@ -206,7 +209,7 @@ def trainer(model: nn.Module, device: str) -> Callable[[int], Callable[[], None]
     return step_on
 
 
-def least_flops(model: nn.Module, tokens: int, expert_share: float | None) -> int:
+def least_flops(model: nn.Module, tokens: int, checkpointing: bool, expert_share: float | None) -> int:
     """Of the linear layers in one step; a multiply-add counts 2. Tokens are taken to go to all experts alike."""
     head = model.get_base_model().get_output_embeddings()
     flops = 2 * 2 * tokens * head.in_features * head.out_features
@@ -222,7 +225,8 @@ def least_flops(model: nn.Module, tokens: int, expert_share: float | None) -> in
                 adapted.append((K, N, model.config.num_experts_per_tok))
     for K, N, times in adapted:
         rows, adapters = int(tokens * times), expert_share if times > 1 else 1
-        flops += 3 * 2 * rows * K * N + int(adapters * 4 * 2 * rows * RANK * (K + N))
+        passes = 3 if checkpointing else 2
+        flops += passes * 2 * rows * K * N + int(adapters * (passes + 1) * 2 * rows * RANK * (K + N))
     return flops
 
 
@@ -237,7 +241,7 @@ def run_model(
     torch.manual_seed(0)
     config = CONFIGS[name](**({"num_hidden_layers": options.layers} if options.layers else {}))
     begin = time.perf_counter()
-    model = build(config, DTYPES[dtype], options.device, options.compare, expert_share)
+    model = build(config, options, DTYPES[dtype], expert_share)
     built = {
         "build_seconds": round(time.perf_counter() - begin, 1),
         "rss_after_build": psutil.Process().memory_info().rss,
@@ -249,17 +253,23 @@ def run_model(
     rows = []
     for tokens in sorted(options.tokens):
         work = dict(
-            flops=least_flops(model, tokens, expert_share),
+            flops=least_flops(model, tokens, options.checkpointing, expert_share),
             bytes_moved=3 * weights,
             shrunk=step_on,
             rows=tokens,
         )
-        contenders = {
-            "peftfast": Contender(step_on(tokens), **work, ours=True, context=partial(fused, model))
-        }
+        # Strict: a layer that is not on the fast path is an error, never a number.
+        context = partial(peftfast.enabled, strict=True)
+        ours, stock = step_on(tokens), step_on(tokens)
+        contenders = {"peftfast": Contender(ours, **work, ours=True, context=context)}
         if options.compare:
-            contenders = {"bitsandbytes": Contender(step_on(tokens), **work)} | contenders
-        point = Point(name, config.num_hidden_layers, dtype, tokens, expert_share)
+            contenders = {
+                "stock": Contender(stock, **work, peak_bytes=partial(peak_memory, stock)),
+                "peftfast": replace(contenders["peftfast"], peak_bytes=partial(peak_memory, ours, context)),
+            }
+        point = Point(
+            name, config.num_hidden_layers, dtype, tokens, options.dense, options.checkpointing, expert_share
+        )
         with STDERR.status(f"{name}, {tokens} tokens"):
             row = measure(
                 asdict(point),
@@ -276,12 +286,18 @@ def run_model(
             if "median_ms" in it:
                 it["tokens_per_second"] = float(f"{tokens / it['median_ms'] * 1e3:.4g}")
         if not options.compare:
-            row["implementations"]["peftfast"] |= {"peak_rss": peak_memory(options.device)} | built
+            row["implementations"]["peftfast"] |= {"peak_rss": peak_so_far(options.device)} | built
         rows.append(row)
     return rows
 
 
-def peak_memory(device: str) -> int:
+def peak_memory(step: Callable[[], None], context: Callable = contextlib.nullcontext) -> int:
+    """By how many bytes memory grows in a step."""
+    with context():
+        return testing.peak_memory(step)
+
+
+def peak_so_far(device: str) -> int:
     """Bytes: of this process so far, or of its tensors on the GPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
@@ -297,20 +313,38 @@ def in_own_process(function: Callable, *arguments: Any) -> Any:
 def acceptance(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     """Each bar that training in 4 bits has to reach on the CPU, with what this run has seen of it."""
     long = [row for row in rows if row["point"]["tokens"] == 512 and row["point"]["model"] != "tiny"]
-    slices = [row for row in long if row["point"]["layers"] == 8 and "bitsandbytes" in row["implementations"]]
+    turns = [row for row in long if "stock" in row["implementations"]]
+    slices = [row for row in turns if row["point"]["layers"] == 8 and not row["point"]["dense"]]
+    small = [row for row in turns if row["point"]["model"] == "tinyllama-1.1b"]
     whole = {  # Only here is the memory that of one whole model.
         point_text(point | {"tokens": None, "layers": None}): row["implementations"]["peftfast"]
         for row in long
         if "peak_rss" in row["implementations"]["peftfast"]
         and (point := row["point"])["layers"] == CONFIGS[point["model"]]().num_hidden_layers
     }
+    peaks = {
+        point_text(row["point"]): ours["peak_bytes"] / stock["peak_bytes"]
+        for row in small
+        if "peak_bytes" in (stock := row["implementations"]["stock"])
+        and "peak_bytes" in (ours := row["implementations"]["peftfast"])
+    }
     return [
-        speed_bar("8 layers, 512 tokens, against PEFT + bitsandbytes", 1.7, slices, ["bitsandbytes"]),
+        speed_bar("8 layers, 512 tokens, against PEFT + bitsandbytes", 1.7, slices, ["stock"]),
+        speed_bar("1.1B dense, 512 tokens", 1.5, [it for it in small if it["point"]["dense"]], ["stock"]),
+        speed_bar(
+            "1.1B in 4 bits, 512 tokens", 1.7, [it for it in small if not it["point"]["dense"]], ["stock"]
+        ),
+        verdict(
+            "1.1B, 512 tokens: a step's memory, of stock's",
+            "at most 60%",
+            [f"{point}: {share:.0%}" for point, share in peaks.items()],
+            [share <= 0.6 for share in peaks.values()],
+        ),
         verdict(
             "7B, 512 tokens: peak RSS",
-            "at most 6.5 GB",
+            "at most 5.8 GB",
             [f"{name}: {it['peak_rss'] / 1e9:.2f} GB" for name, it in whole.items()],
-            [it["peak_rss"] <= 6.5e9 for it in whole.values()],
+            [it["peak_rss"] <= 5.8e9 for it in whole.values()],
         ),
         verdict(
             "7B, 512 tokens: share of the ceiling",
@@ -349,7 +383,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--layers", type=positive, metavar="N", help="only the first N decoder layers")
     add("--steps", type=positive, default=1, metavar="N", help="timed steps, after one to warm up")
-    add("--compare", action="store_true", help="in turn with PEFT + bitsandbytes")
+    add("--dense", action="store_true", help="in the dtype instead of 4 bits")
+    add(
+        "--no-checkpointing",
+        dest="checkpointing",
+        action="store_false",
+        help="keep the activations of every layer",
+    )
+    add("--compare", action="store_true", help="in turn with PEFT + transformers + bitsandbytes")
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--cap", type=float, default=120.0, metavar="S", help="seconds a step from which a rival is skipped")
     add("--json", type=Path, metavar="FILE", help="the record; default: benchmarks/results/7b-MACHINE.json")

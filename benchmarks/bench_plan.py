@@ -150,11 +150,7 @@ def _trainer(point: Point, folder: Path):
     peftfast.enable(strict=True)
 
     def step() -> None:
-        # torch's own loss, which is what is planned: with labels, the forward would do without logits.
-        logits = model(input_ids=tokens, use_cache=False).logits
-        base = model.get_base_model()
-        base.loss_function(logits=logits, labels=tokens, vocab_size=base.config.vocab_size).backward()
-        del logits
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 

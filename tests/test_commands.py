@@ -1,12 +1,13 @@
 """`peftfast merge`, `info` and `bench`: real runs on tiny models, and every way to be refused."""
 
+import errno
 import importlib.util
 import json
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import peftfast
 from peftfast.cli import bench, info, main
@@ -99,6 +100,32 @@ def test_merging_in_four_bits_reports_the_error_of_rounding(base, adapter, tmp_p
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert not any(isinstance(layer, Linear4bit) for layer in dense.modules())
     assert getattr(dense.config, "quantization_config", None) is None
+
+
+def test_an_adapter_of_a_dense_base_is_rounded_once(base, adapter, tmp_path):
+    """What the base alone would lose in 4 bits is part of the error that is told."""
+    result = merge(adapter, tmp_path / "merged", to="4bit")
+    exact = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    written = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", quantization_config=peftfast.FourBitConfig()
+    )
+    tokens = torch.randint(
+        exact.get_input_embeddings().weight.shape[0], (1, 16), generator=torch.Generator().manual_seed(0)
+    )
+    with torch.no_grad():
+        one, other = (model.eval()(input_ids=tokens).logits.double() for model in (written, exact))
+    assert result.difference == pytest.approx(distance(one, other), rel=1e-3)
+    assert 0.01 < result.requantization_error < 0.2
+
+
+def test_merging_onto_a_full_disk_says_so(adapter, tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(UserError, match="cannot be written: No space left on device"):
+        merge(adapter, tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_written_model_that_is_not_the_adapter_model_is_not_kept(adapter, tmp_path, monkeypatch):

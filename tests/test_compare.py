@@ -178,8 +178,8 @@ def test_help_names_the_options_of_train(capsys):
         (("--json", "missing/record.json"), "lies in one that does not exist"),
         (("--out", "full", "--methods", "lora"), "full/lora exists and is not empty"),
         (("--plan-only", "m", "--data", "d.jsonl"), "--plan-only names the model itself"),
-        (("--plan-only", "./missing"), "--plan-only ./missing: no configuration can be read"),
-        (("--plan-only", "full/lora/file"), "--plan-only full/lora/file: no configuration can be read"),
+        (("--plan-only", "./missing"), "--plan-only ./missing: there is no such folder"),
+        (("--plan-only", "full/lora/file"), "--plan-only full/lora/file: its config.json cannot be read"),
     ],
 )
 def test_bad_options_are_refused(tmp_path, capsys, monkeypatch, options, message):

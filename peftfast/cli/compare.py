@@ -25,8 +25,10 @@ from typer import Exit, Option
 
 from peftfast import demo
 from peftfast.cli import data, methods
-from peftfast.cli.errors import MethodError, UserError, first_sentence
-from peftfast.cli.settings import METHODS, METHODS_WITH, TrainSettings, listed, option
+from peftfast.cli.empty import adapted_model
+from peftfast.cli.errors import MethodError, UserError
+from peftfast.cli.model import load_config
+from peftfast.cli.settings import DTYPES, METHODS, METHODS_WITH, TrainSettings, listed, option
 from peftfast.cli.train import RESULT_FILE, check_output, check_record_file
 
 RECORD_FILE, PICTURE_FILE = "compare.json", "compare.png"
@@ -246,7 +248,7 @@ def plan(runs: dict[str, TrainSettings]) -> tuple[dict[str, Plan], dict[str, str
         UserError: the configuration cannot be read, or no method can be planned.
     """
     plans, refused = {}, {}
-    config = _model_config(next(iter(runs.values())).model)
+    config = load_config(next(iter(runs.values())).model, "--plan-only")
     for method, settings in runs.items():
         try:
             plans[method] = _plan(settings, config)
@@ -256,43 +258,8 @@ def plan(runs: dict[str, TrainSettings]) -> tuple[dict[str, Plan], dict[str, str
     return plans, refused
 
 
-def _model_config(name: str):
-    from transformers import AutoConfig
-
-    path = Path(name).expanduser()
-    try:
-        return AutoConfig.from_pretrained(path if path.exists() else name, local_files_only=path.exists())
-    except Exception as error:  # as of a model that is loaded
-        raise UserError(
-            f"--plan-only {name}: no configuration can be read: {first_sentence(error)}."
-        ) from error
-
-
-def _empty_model(settings: TrainSettings, config):
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                config, dtype=getattr(torch, methods.weights_dtype(settings))
-            )
-    except ValueError as error:
-        raise UserError(f"--plan-only {settings.model}: {first_sentence(error)}.") from error
-
-
 def _plan(settings: TrainSettings, config) -> Plan:
-    import torch
-
-    if settings.expert_share is not None:
-        raise UserError(f"--experts {settings.experts} takes the model itself, not its configuration.")
-    saving = 0
-    if settings.method == "qlora":
-        saving = _saved_by_quantizing(_empty_model(settings, config), methods.four_bit_config(settings))
-    model = _empty_model(settings, config)
-    parameters, _ = methods.base_size(model)
-    with torch.device("meta"):
-        model = methods.adapt(model, settings, ()).model
+    model, parameters = adapted_model(config, settings)
     held, held_bytes = methods.base_size(model)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     trainable, trained_bytes = sum(weight.numel() for weight in trained), sum(w.nbytes for w in trained)
@@ -300,40 +267,16 @@ def _plan(settings: TrainSettings, config) -> Plan:
         parameters=parameters,
         trainable_parameters=trainable,
         trainable_share=trainable / held,
-        weights_bytes=held_bytes - saving,
+        weights_bytes=held_bytes,
         gradient_bytes=trained_bytes,
         optimizer_bytes=2 * trained_bytes,
         saved_bytes=_saved_bytes(model, settings),
     )
 
 
-def _saved_by_quantizing(model, config) -> int:
-    """Return the bytes by which a dense model shrinks when it loads in 4 bits, by what the quantizer would convert."""
-    from peftfast.integrations.transformers import FourBitHfQuantizer
-    from peftfast.nn import Linear4bit
-
-    size = next(model.parameters()).itemsize
-    quantizer = FourBitHfQuantizer(config)
-    quantizer.pre_quantized = False
-    quantizer._process_model_before_weight_loading(model)
-    shapes = [*quantizer.experts.values()]
-    shapes += [(m.in_features, m.out_features) for m in model.modules() if isinstance(m, Linear4bit)]
-    saved = 0
-    for shape in shapes:
-        count = math.prod(shape)
-        blocks = math.ceil(count / config.blocksize)
-        scales = 4 * blocks
-        if config.nested:  # a byte to a scale, and theirs: a number to 256 scales, a table of 256, the mean
-            scales = blocks + 4 * (math.ceil(blocks / 256) + 256 + 1)
-        saved += count * size - math.ceil(count / 2) - scales
-    return saved
-
-
 def _saved_bytes(model, settings: TrainSettings) -> int:
     import torch
     from peft import get_peft_model_state_dict
-
-    from peftfast.cli.settings import DTYPES
 
     if settings.method == BASELINE:
         size = getattr(torch, DTYPES[settings.dtype]).itemsize
@@ -341,9 +284,9 @@ def _saved_bytes(model, settings: TrainSettings) -> int:
     if model._is_prompt_learning:  # what the encoder makes of the virtual tokens
         (encoder,) = model.prompt_encoder.values()
         return encoder(torch.arange(model.active_peft_config.num_virtual_tokens, device="meta")[None]).nbytes
-    return sum(
-        weight.nbytes for weight in get_peft_model_state_dict(model, save_embedding_layers=False).values()
-    )
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    saved = get_peft_model_state_dict(model, trained, save_embedding_layers=False)
+    return sum(weight.nbytes for weight in saved.values())
 
 
 # ---- tables and the picture -----------------------------------------------------------------------------------

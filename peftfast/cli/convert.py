@@ -6,8 +6,8 @@ from typing import Annotated
 from rich.console import Console
 from typer import Argument, Option
 
-from peftfast.cli.errors import UserError, first_sentence
-from peftfast.cli.model import is_local_model
+from peftfast.cli.errors import UserError
+from peftfast.cli.model import load_config
 
 # What configurations call the number of experts of a layer.
 NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -64,11 +64,4 @@ def _base_config(model: str | None, named_by_adapter: str | None):
             return AutoConfig.from_pretrained(named_by_adapter, local_files_only=True).get_text_config()
         except Exception:  # it is a hint, not what the user asked for
             return None
-    local = is_local_model(model)
-    try:
-        path = Path(model).expanduser() if local else model
-        return AutoConfig.from_pretrained(path, local_files_only=local).get_text_config()
-    except Exception as error:  # whatever a library raises over it
-        raise UserError(
-            f"--model {model}: its config.json cannot be read: {first_sentence(error)}."
-        ) from error
+    return load_config(model).get_text_config()

@@ -11,14 +11,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import math
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,13 +23,12 @@ from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import masking_utils
 
-from peftfast.integrations import expert_adapters, experts
-from peftfast.integrations.bases import KINDS
-from peftfast.integrations.experts import FourBitExperts, projections
-from peftfast.integrations.transformers import FourBitConfig, FourBitHfQuantizer
+import peftfast
+from peftfast.cli.empty import empty_fourbit
+from peftfast.cli.experts import experts_of
+from peftfast.integrations.experts import FourBitExperts, fourbit_weights
 from peftfast.nn import Linear4bit
-from peftfast.ops import FourBitWeight, NestedAbsmax
-from peftfast.reference import NESTED_BLOCKSIZE
+from peftfast.ops import FourBitWeight
 
 PARTS = ("gradients", "activations", "logits", "workspace")
 
@@ -47,8 +43,8 @@ class DryRun:
         self.model, self.mode = model.train(), FakeTensorMode()
         with self.mode:
             _without_memory(model)
-        for module in model.modules():
-            _on_the_operators(module)
+        if experts_of(model):
+            model.set_experts_implementation("peftfast")
         self.repeats = _leave_out_repeated_layers(model)
         self.known = list(_tensors(model))
 
@@ -79,7 +75,7 @@ class DryRun:
                 parameter.grad = torch.empty_like(parameter) if accumulation else None
             recorder = _Recorder([*self.known, *(it.grad for it in trained if accumulation)])
             handles = _mark_segments(self.model, recorder)
-            with recorder, _masks_as_with_data():
+            with recorder, _masks_as_with_data(), peftfast.enabled():
                 tokens = torch.zeros(batch_size, sequence_len, dtype=torch.int64)
                 loss = self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
                 loss.backward()
@@ -128,6 +124,9 @@ class _Recorder(TorchDispatchMode):
             return self.answers.get(args[0], 0)
         if function is torch.ops.aten.equal.default:
             return True
+        if function is torch.ops.aten.nonzero.default:  # the labels that count: not the last
+            function, args = torch.ops.aten.zeros.default, ([args[0].numel() - 1, args[0].dim()],)
+            kwargs = {"dtype": torch.int64, "device": "cpu"}
         out = function(*args, **(kwargs or {}))
         self.saw(tensor for tensor in tree_iter(out) if isinstance(tensor, Tensor))
         if function is torch.ops.aten.all.default:
@@ -165,7 +164,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _mark_segments(model: nn.Module, recorder: _Recorder) -> list:
-    """Has each decoder layer's forward, the output embeddings and each layer's backward begin a segment."""
+    """Has each decoder layer's forward, what follows the last one's, and each layer's backward begin a segment."""
 
     def before(layer: int, *_) -> None:
         if torch._C._current_graph_task_id() == -1:  # else forward runs again within backward
@@ -180,8 +179,8 @@ def _mark_segments(model: nn.Module, recorder: _Recorder) -> list:
     for number, layer in enumerate(_decoder_layers(model)):
         handles.append(layer.register_forward_pre_hook(functools.partial(before, number)))
         handles.append(layer.register_forward_hook(functools.partial(after, number)))
-    head = model.get_base_model().get_output_embeddings()
-    handles.append(head.register_forward_pre_hook(lambda *_: recorder.begin("logits")))
+    decoder = model.get_base_model().base_model
+    handles.append(decoder.register_forward_hook(lambda *_: recorder.begin("logits")))
     return handles
 
 
@@ -227,38 +226,6 @@ def _masks_as_with_data() -> Iterator[None]:
 # ---- the model without memory ------------------------------------------------------------------------------
 
 
-def quantize_without_memory(model: nn.Module, config: FourBitConfig) -> None:
-    """Puts those weights of a model on the meta device into 4 bits that loading it with `config` would."""
-    quantizer = FourBitHfQuantizer(config, pre_quantized=False)
-    quantizer._process_model_before_weight_loading(model)
-    model.is_loaded_in_4bit = True  # as transformers tells PEFT
-    how = config.quant_type, config.blocksize, config.nested
-    for name, module in model.named_modules():
-        if isinstance(module, Linear4bit):
-            shape = (module.out_features, module.in_features)
-            module.assign(_empty_fourbit(shape, model.dtype, *how, device="meta"))
-        elif isinstance(module, FourBitExperts):
-            for projection in projections(module):
-                shape = quantizer.experts.get(f"{name}.{projection}")
-                if shape is not None:
-                    module.set_fourbit_weight(
-                        projection, _empty_fourbit(shape, model.dtype, *how, device="meta")
-                    )
-
-
-def _empty_fourbit(
-    shape: Sequence[int], dtype: torch.dtype, quant_type: str, blocksize: int, nested: bool, device: str
-) -> FourBitWeight:
-    empty = functools.partial(torch.empty, device=device)
-    count, how = math.prod(shape), None
-    blocks = math.ceil(count / blocksize)
-    if nested:
-        how = NestedAbsmax(empty(math.ceil(blocks / NESTED_BLOCKSIZE)), empty(256), empty(()))
-    packed = empty((count + 1) // 2, 1, dtype=torch.uint8)
-    absmax = empty(blocks, dtype=torch.uint8 if nested else torch.float32)
-    return FourBitWeight(packed, absmax, tuple(shape), dtype, quant_type, blocksize, how)
-
-
 def _without_memory(model: nn.Module) -> None:
     """Puts tensors of the current FakeTensorMode, on the CPU, in the place of those on the meta device."""
     made: dict[Tensor, Tensor] = {}
@@ -282,7 +249,7 @@ def _without_memory(model: nn.Module) -> None:
 
 def _fake_fourbit(weight: FourBitWeight) -> FourBitWeight:
     how = weight.quant_type, weight.blocksize, weight.nested is not None
-    return _empty_fourbit(weight.shape, weight.dtype, *how, device="cpu")
+    return empty_fourbit(weight.shape, weight.dtype, *how, device="cpu")
 
 
 def _tensors(model: nn.Module) -> Iterable[Tensor]:
@@ -290,37 +257,10 @@ def _tensors(model: nn.Module) -> Iterable[Tensor]:
     yield from model.parameters()
     yield from model.buffers()
     for module in model.modules():
-        for weight in fourbit_weights(module):
+        for weight in fourbit_weights(module).values():
             yield from (weight.packed, weight.absmax)
             if weight.nested:
                 yield from (weight.nested.absmax, weight.nested.code, weight.nested.offset)
-
-
-def fourbit_weights(module: nn.Module) -> list[FourBitWeight]:
-    """Those that the module itself holds."""
-    if isinstance(module, Linear4bit):
-        return [module.quantized_weight]
-    if isinstance(module, FourBitExperts):
-        return [module.fourbit_weight(name) for name in module.fourbit_weights]
-    return []
-
-
-def _on_the_operators(module: nn.Module) -> None:
-    """Calls what peftfast calls for the layer once it is enabled; that asks first whether its tensors are ordinary."""
-    if isinstance(module, ParamWrapper):
-        module.forward = functools.partial(expert_adapters.fused, module)
-    elif experts.is_experts(module):
-        module.forward = lambda *args: experts.call(module, *args, {})
-    elif isinstance(module, LoraLayer) and type(module.base_layer) in KINDS:
-        module.forward = functools.partial(_lora, module)
-
-
-def _lora(layer: LoraLayer, x: Tensor) -> Tensor:
-    base, names = layer.base_layer, [name for name in layer.active_adapters if name in layer.lora_A]
-    lora_A, lora_B = ([factors[name].weight for name in names] for factors in (layer.lora_A, layer.lora_B))
-    scaling = [layer.scaling[name] for name in names]
-    dropout = [getattr(layer.lora_dropout[name], "p", 0.0) for name in names]
-    return KINDS[type(base)].call(base, x, lora_A, lora_B, scaling, base.bias, dropout)
 
 
 # ---- layers that are alike ---------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from rich.console import Console
 from typer import Option
 
 from peftfast.cli.errors import UserError, first_sentence
-from peftfast.cli.model import is_local_model, load_model
+from peftfast.cli.model import is_local_model, load_config, load_model
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors")
 
@@ -55,19 +55,11 @@ def model_report(model: str, adapter: Path | None = None):
         UserError: the model or the adapter cannot be loaded.
     """
     from peft import PeftModel
-    from transformers import AutoConfig
 
     import peftfast
 
     local = is_local_model(model)
-    try:
-        config = AutoConfig.from_pretrained(
-            Path(model).expanduser() if local else model, local_files_only=local
-        )
-    except Exception as error:  # whatever a library raises over it
-        raise UserError(
-            f"--model {model}: its config.json cannot be read: {first_sentence(error)}."
-        ) from error
+    config = load_config(model)
     quantized = getattr(config, "quantization_config", None) is not None
     dtype = str(config.dtype or "float32").removeprefix("torch.")
     loaded = load_model(model, dtype, local, peftfast.FourBitConfig() if quantized else None)

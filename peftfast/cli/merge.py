@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Annotated
 
 from rich.console import Console
+from safetensors import SafetensorError
 from typer import Argument, Option
 
+from peftfast.cli import methods
+from peftfast.cli.empty import is_quantized
 from peftfast.cli.errors import UserError, first_sentence
-from peftfast.cli.model import is_local_model, load_model
+from peftfast.cli.model import is_local_model, load_config, load_model
 from peftfast.cli.train import RESULT_FILE
 
 FORMATS = ("dense", "4bit")
@@ -51,8 +54,9 @@ def merge(
 ) -> MergeResult:
     """Write the model that `adapter` makes of its base to `out`, whole or not at all.
 
-    A base that is in 4 bits already is merged into as it is or, for "dense", decoded first, which is exact. A dense one
-    is put into 4 bits first, as it was when a QLoRA adapter was trained, and once more with the adapter in it.
+    The adapter is merged into the weights that it was trained on. Those are in 4 bits where the base is, or where the
+    record of `peftfast train` beside the adapter says so; for "dense" they are decoded first, which is exact. Else they
+    are dense, and for "4bit" what is merged is rounded once.
 
     Args:
         base: a folder or hub name; None: the one that the adapter names.
@@ -77,7 +81,7 @@ def merge(
         raise UserError(f"{adapter} names no base model: pass --base.")
     try:
         model = _load_base(base, to, dtype, _quantization_of(adapter))
-    except UserError as error:
+    except UserError as error:  # of loading
         raise UserError(str(error).replace("--model", "--base")) from error
     dtype = str(model.dtype).removeprefix("torch.")
     try:
@@ -98,21 +102,24 @@ def merge(
             merged = model.merge_and_unload(safe_merge=True)
     except Exception as error:
         raise UserError(f"{adapter} cannot be merged: {first_sentence(error)}.") from error
-    errors = [getattr(layer, "requantization_error", None) for layer in layers]
+    count, errors = len(layers), [getattr(layer, "requantization_error", None) for layer in layers]
+    del model, layers
     with _folder_written_at_once(out) as folder:
+        if to == "4bit" and methods.quantization(merged) is None:
+            merged, errors = _in_four_bits(merged, dtype, folder.parent)
         merged.save_pretrained(folder)
         has_tokenizer = _write_tokenizer(folder, adapter, base)
-        del model, merged, layers
+        del merged
         gc.collect()
         written = load_model(str(folder), dtype, True, FourBitConfig() if to == "4bit" else None)
         got = _logits(written.eval(), tokens)
         del written
         result = MergeResult(
             dtype=dtype,
-            layers=len(errors),
+            layers=count,
             adapter_effect=_distance(before, wanted),
             difference=_distance(got, wanted),
-            allowed=None if to == "4bit" else _allowed(dtype, len(errors), hidden),
+            allowed=None if to == "4bit" else _allowed(dtype, count, hidden),
             requantization_error=max((error for error in errors if error is not None), default=None),
             has_tokenizer=has_tokenizer,
         )
@@ -161,24 +168,16 @@ def _mergeable(adapter: Path):
 
 
 def _load_base(base: str, to: str, dtype: str | None, quantization: dict | None):
-    """The base as the adapter is to see it, in 4 bits or dense."""
+    """The base with the weights that the adapter was trained on: in 4 bits if they were, or decoded from those."""
     import torch
-    from transformers import AutoConfig
 
     from peftfast import FourBitConfig
 
-    local = is_local_model(base)
-    path = Path(base).expanduser() if local else base
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=local)
-    except Exception as error:  # as above
-        raise UserError(f"--base {base}: its config.json cannot be read: {first_sentence(error)}.") from error
+    local, config = is_local_model(base, "--base"), load_config(base, "--base")
     held = getattr(config.dtype, "name", str(config.dtype or torch.float32)).removeprefix("torch.")
     name = DTYPES[dtype] if dtype else held
-    # The adapter belongs on the weights that it was trained on: in 4 bits if they were, and decoded from those.
-    in_four_bits = getattr(config, "quantization_config", None) is not None or quantization is not None
-    four_bit = FourBitConfig(**quantization or {}) if in_four_bits or to == "4bit" else None
-    model = load_model(base, name, local, four_bit)
+    in_four_bits = is_quantized(config) or quantization is not None
+    model = load_model(base, name, local, FourBitConfig(**quantization or {}) if in_four_bits else None)
     return model.dequantize(getattr(torch, name)) if in_four_bits and to == "dense" else model
 
 
@@ -189,6 +188,23 @@ def _quantization_of(adapter: Path) -> dict | None:
         quantization = record.get("quantization") if isinstance(record, dict) else None
         return quantization if isinstance(quantization, dict) else None
     return None
+
+
+def _in_four_bits(dense, dtype: str, beside: Path) -> tuple:
+    """A dense model in 4 bits, as if it were loaded so, and each weight's ‖rounded - exact‖ / ‖exact‖."""
+    from peftfast import FourBitConfig
+    from peftfast.integrations.experts import fourbit_weights
+    from peftfast.ops import fourbit_dequantize
+
+    with tempfile.TemporaryDirectory(dir=beside) as folder:
+        dense.save_pretrained(folder)
+        rounded, errors = load_model(folder, dtype, True, FourBitConfig()), []
+    for name, module in rounded.named_modules():
+        for held, weight in fourbit_weights(module).items():
+            exact = dense.get_submodule(name).get_parameter(held).float()
+            difference = fourbit_dequantize(weight, exact.dtype).view_as(exact) - exact
+            errors.append((difference.norm() / exact.norm().clamp_min(1e-30)).item())
+    return rounded, errors
 
 
 def _is_adapted(layer) -> bool:
@@ -251,9 +267,13 @@ def _folder_written_at_once(out: Path) -> Iterator[Path]:
     with holder as beside:
         folder = Path(beside, absolute.name)
         folder.mkdir()
-        yield folder
-        _check_output(out)
-        os.replace(folder, absolute)
+        try:
+            yield folder
+            _check_output(out)
+            os.replace(folder, absolute)
+        except (OSError, SafetensorError) as error:
+            what = getattr(error, "strerror", None) or first_sentence(error)
+            raise UserError(f"--out {out} cannot be written: {what}.") from error
 
 
 def command(

@@ -355,15 +355,11 @@ def quantized(model) -> dict[str, int]:
 
 def base_size(model) -> tuple[int, int]:
     """Return the parameters of a model without adapters, and the bytes that they take."""
-    from peftfast.integrations.experts import FourBitExperts
-    from peftfast.nn import Linear4bit
+    from peftfast.integrations.experts import fourbit_weights
 
-    packed = {}
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            packed[module.weight] = module.quantized_weight
-        elif isinstance(module, FourBitExperts):
-            packed |= {getattr(module, name): module.fourbit_weight(name) for name in module.fourbit_weights}
+    packed = {
+        weight.packed: weight for module in model.modules() for weight in fourbit_weights(module).values()
+    }
     sizes = [
         (math.prod(packed[weight].shape), packed[weight].nbytes)
         if weight in packed

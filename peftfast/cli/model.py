@@ -6,9 +6,11 @@ from pathlib import Path
 from peftfast.cli.errors import UserError, first_sentence
 
 
-def is_local_model(name: str) -> bool:
+def is_local_model(name: str, told_by: str = "--model") -> bool:
     """Tell a folder from a hub name, which is the one thing that lets transformers use the network.
 
+    Args:
+        told_by: the option that names the model, for the error; "" for an argument.
     Raises:
         UserError: `name` looks like a path and is not the folder of a model.
     """
@@ -16,11 +18,30 @@ def is_local_model(name: str) -> bool:
     starts_in_folder = len(path.parts) > 1 and Path(path.parts[0]).exists()
     if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) and not starts_in_folder and not path.exists():
         return False
+    named = f"{told_by} {name}".lstrip()
     if not path.is_dir():
-        raise UserError(f"--model {name}: there is no such folder.")
+        raise UserError(f"{named}: there is no such folder.")
     if not (path / "config.json").is_file():
-        raise UserError(f"--model {name}: not a model folder, it has no config.json.")
+        raise UserError(f"{named}: not a model folder, it has no config.json.")
     return True
+
+
+def load_config(name: str, told_by: str = "--model"):
+    """Return the configuration of a hub model, of a local folder, or in a file of its own.
+
+    Args:
+        told_by: as for is_local_model.
+    Raises:
+        UserError: there is none, or transformers cannot read it.
+    """
+    from transformers import AutoConfig
+
+    path, named = Path(name).expanduser(), f"{told_by} {name}".lstrip()
+    local = path.is_file() or is_local_model(name, told_by)
+    try:
+        return AutoConfig.from_pretrained(path if local else name, local_files_only=local)
+    except Exception as error:  # whatever a library raises over it
+        raise UserError(f"{named}: its config.json cannot be read: {first_sentence(error)}.") from error
 
 
 def load_tokenizer(name: str, local: bool):

@@ -1,6 +1,5 @@
 """`peftfast plan`: how much memory a training run takes, part by part, and what fits a card. No weights are loaded."""
 
-import copy
 import dataclasses
 import inspect
 import itertools
@@ -18,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from typer import Argument, Option
 
-from peftfast.cli import methods
-from peftfast.cli.errors import UserError, first_sentence
-from peftfast.cli.model import is_local_model
-from peftfast.cli.settings import DTYPES, TrainSettings, option
+from peftfast.cli.empty import adapted_model, is_quantized
+from peftfast.cli.errors import UserError
+from peftfast.cli.model import load_config
+from peftfast.cli.settings import TrainSettings, option
 
 # Memory of cards in GB (1e9 bytes), as sold.
 GPUS = {
@@ -173,7 +172,7 @@ def plan(settings: PlanSettings, gpu: str | None = None, reserve: str = "1GB") -
     if capacity is not None and capacity <= 0:
         raise UserError(f"--gpu {gpu}: nothing is left of it after --reserve {reserve}.")
     settings.to_train()
-    config = _read_config(settings.model)
+    config = load_config(settings.model, told_by="")
     most = getattr(config.get_text_config(), "max_position_embeddings", None) or MOST_TOKENS
     if settings.sequence_len > most:
         raise UserError(f"--sequence-len {settings.sequence_len}: the model takes {most} tokens at most.")
@@ -194,7 +193,7 @@ def plan(settings: PlanSettings, gpu: str | None = None, reserve: str = "1GB") -
     choices = [choice(checkpointing=on) for on in (False, True)]
     either = {on: way.memory for on, way in zip((False, True), choices)}
     if capacity is not None:
-        other = {"lora": "qlora", "qlora": None if _is_quantized(config) else "lora"}.get(settings.method)
+        other = {"lora": "qlora", "qlora": None if is_quantized(config) else "lora"}.get(settings.method)
         if other is not None:
             choices += [choice(method=other, checkpointing=on) for on in (False, True)]
         choices = list(map(with_longest, choices))
@@ -251,9 +250,10 @@ class _Run:
     """The model of some settings with its adapters, on the meta device, and the memory of its training steps."""
 
     def __init__(self, config, settings: PlanSettings) -> None:
-        from peftfast.cli.dry_run import DryRun, fourbit_weights
+        from peftfast.cli.dry_run import DryRun
+        from peftfast.integrations.experts import fourbit_weights
 
-        model = _build(config, settings.to_train())
+        model, _ = adapted_model(config, settings.to_train())
         base = model.get_base_model()
         ends = {
             weight
@@ -261,7 +261,9 @@ class _Run:
             for weight in end.parameters()
         }
         trained = {weight for weight in model.parameters() if weight.requires_grad}
-        packed = {weight.packed: weight for module in model.modules() for weight in fourbit_weights(module)}
+        packed = {
+            weight.packed: weight for module in model.modules() for weight in fourbit_weights(module).values()
+        }
         # What the tensors hold, from their shapes and dtypes; of a 4-bit weight with its scales and their code.
         self.weights, self.embeddings, self.parameters = {}, 0, 0
         buffers = set(model.buffers())
@@ -334,26 +336,6 @@ class _Run:
                 high, spare_high = guess, spare_guess
 
 
-def _read_config(model: str):
-    """The configuration of a hub model, of a local folder, or in a file of its own.
-
-    Raises:
-        UserError: there is none, or transformers cannot read it.
-    """
-    from transformers import AutoConfig
-
-    path = Path(model).expanduser()
-    local = path.is_file() or is_local_model(model)
-    try:
-        return AutoConfig.from_pretrained(path if local else model, local_files_only=local)
-    except Exception as error:  # whatever a library raises over it
-        raise UserError(f"{model}: its configuration cannot be read: {first_sentence(error)}.") from error
-
-
-def _is_quantized(config) -> bool:
-    return getattr(config, "quantization_config", None) is not None
-
-
 def _size(text: str, name: str) -> int:
     """The bytes of a card by its name, or of a size such as 8GB.
 
@@ -368,37 +350,6 @@ def _size(text: str, name: str) -> int:
         cards = f", or one of {', '.join(GPUS)}" if name == "--gpu" else ""
         raise UserError(f"{name} {text}: expected a size such as 8GB{cards}.")
     return int(float(found[1]) * UNITS[found[2]])
-
-
-def _build(config, settings: TrainSettings):
-    """The model on the meta device as `peftfast train` has it: in 4 bits if told, with adapters.
-
-    Raises:
-        UserError: it is no causal language model, or the settings do not go with it.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from peftfast import FourBitConfig
-    from peftfast.cli.dry_run import quantize_without_memory
-
-    fourbit, config = methods.four_bit_config(settings), copy.deepcopy(config)
-    if _is_quantized(config):
-        held = config.__dict__.pop("quantization_config")
-        if fourbit is None:
-            raise UserError(f"{settings.model}: its weights are quantized, which takes --method qlora.")
-        try:
-            fourbit = FourBitConfig.from_dict(held if isinstance(held, dict) else held.to_dict())
-        except ValueError as error:
-            raise UserError(f"{settings.model}: {first_sentence(error)}.") from error
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, DTYPES[settings.dtype]))
-    except Exception as error:  # whatever a library raises over a configuration
-        raise UserError(f"{settings.model}: the model cannot be built: {first_sentence(error)}.") from error
-    if fourbit is not None:
-        quantize_without_memory(model, fourbit)
-    return methods.adapt(model, settings, batches=()).model
 
 
 # ---- command line ------------------------------------------------------------------------------------------

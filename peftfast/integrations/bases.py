@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
@@ -132,4 +133,5 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def is_plain_tensor(tensor: Tensor) -> bool:
-    return type(tensor) is nn.Parameter or type(tensor) is Tensor
+    """Of no class with a behaviour of its own. torch's fake tensors are as plain as those they stand for."""
+    return type(tensor) in (nn.Parameter, Tensor, FakeTensor)

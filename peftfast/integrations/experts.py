@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from peftfast.integrations import forwards
-from peftfast.nn.fourbit import ENTRIES, pack_state, unpack_state
+from peftfast.integrations.bases import is_plain_tensor
+from peftfast.nn.fourbit import ENTRIES, Linear4bit, pack_state, unpack_state
 from peftfast.nn.moe import Routing
 from peftfast.ops import FourBitWeight, fourbit_dequantize, fourbit_quantize
 from peftfast.ops.devices import KERNEL_DEVICES, host_reads
@@ -128,6 +129,13 @@ def _quantized(experts: nn.Module) -> Iterable[str]:
     return experts.fourbit_weights if isinstance(experts, FourBitExperts) else ()
 
 
+def fourbit_weights(module: nn.Module) -> dict[str, FourBitWeight]:
+    """The 4-bit weights that a linear layer or experts hold, by the name of their parameter; of another module none."""
+    if isinstance(module, Linear4bit):
+        return {"weight": module.quantized_weight}
+    return {name: module.fourbit_weight(name) for name in _quantized(module)}
+
+
 def is_experts(module: nn.Module) -> bool:
     """Whether the module is of a class of experts that transformers dispatches, and not quantized yet."""
     flags = ("has_gate", "has_bias", "is_transposed", "num_experts")
@@ -152,7 +160,7 @@ def why_not(experts: nn.Module) -> str | None:
         if name in _quantized(experts):
             continue
         weight = getattr(experts, name, None)
-        if type(weight) is not nn.Parameter and type(weight) is not Tensor:
+        if not is_plain_tensor(weight):
             return f"its {name} is a {type(weight).__name__}"
         if weight.requires_grad and torch.is_grad_enabled():
             return f"its {name} is trained too"

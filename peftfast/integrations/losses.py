@@ -315,7 +315,12 @@ class _State:
     def of(cls, tensor: Tensor) -> _State:
         some = tensor.detach()[tuple(slice(None, None, max(1, size // 32)) for size in tensor.shape)]
         version = 0 if tensor.is_inference() else tensor._version
-        return cls(tensor, version, tensor.data_ptr(), some.flatten().contiguous().view(torch.uint8).clone())
+        return cls(
+            tensor,
+            version,
+            tensor.untyped_storage()._cdata,
+            some.flatten().contiguous().view(torch.uint8).clone(),
+        )
 
     def holds(self) -> bool:
         now = _State.of(self.tensor)
@@ -514,7 +519,7 @@ def _cross_entropy(
         reason = "its loss weighs classes or smooths labels"
     elif settings is None:
         reason = "its logits are no scaled and softcapped projection"
-    elif type(target) is not Tensor or target.dtype != torch.int64 or target.device != source.hidden.device:
+    elif not is_plain_tensor(target) or target.dtype != torch.int64 or target.device != source.hidden.device:
         reason = "its labels are no int64 tensor on the device of its hidden states"
     elif deferred.dim() != 2 or target.shape != deferred.shape[:1]:
         reason = f"its loss compares logits {list(deferred.shape)} with labels {list(target.shape)}"

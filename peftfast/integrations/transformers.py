@@ -30,6 +30,7 @@ from peftfast.integrations.experts import (
     FourBitExperts,
     become_dense,
     become_fourbit,
+    fourbit_weights,
     is_experts,
     projections,
 )
@@ -405,10 +406,7 @@ def _num_parameters(
     original=PreTrainedModel.num_parameters,
 ) -> int:
     """transformers imports bitsandbytes to know 4-bit weights, and would count each byte of ours as one parameter."""
-    weights = [module.quantized_weight for module in self.modules() if isinstance(module, Linear4bit)]
-    for module in self.modules():
-        if isinstance(module, FourBitExperts):
-            weights += map(module.fourbit_weight, module.fourbit_weights)
+    weights = [weight for module in self.modules() for weight in fourbit_weights(module).values()]
     if not weights:
         return original(self, only_trainable, exclude_embeddings)
     marked = self.__dict__.pop("is_loaded_in_4bit", None)
