@@ -36,7 +36,10 @@ RECORD_FILE, PICTURE_FILE = "compare.json", "compare.png"
 BASELINE = "full"
 ORDER = (BASELINE, *(method for method in METHODS if method != BASELINE))
 # Settings that are not the methods' in common.
-OWN = ("method", "objective", "out", "json", "overwrite", "learning_rate", "embedding_learning_rate")
+OWN = (
+    *("method", "objective", "out", "json", "overwrite", "save_steps", "resume"),
+    *("learning_rate", "embedding_learning_rate"),
+)
 SHARED = {
     field.name: field for field in dataclasses.fields(TrainSettings) if field.init and field.name not in OWN
 }

@@ -4,12 +4,49 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+
+class Recorded:
+    """Where the tokens of a run went so far.
+
+    Args:
+        counted: an ExpertProfile.
+        drain: gives what is not in it yet, by the name of the experts' module.
+    """
+
+    def __init__(self, counted, drain: Callable[[], dict] = dict) -> None:
+        self._counted, self._drain = counted, drain
+        self._drain()  # from here on it counts anew
+
+    def profile(self):
+        """Return all that was counted, as an ExpertProfile."""
+        for name, tokens in self._drain().items():
+            self._counted.tokens[name] = self._counted.tokens.get(name, 0) + tokens
+        return self._counted
+
+    def state(self) -> dict:
+        """Return it for JSON."""
+        profile = self.profile()
+        return {
+            kind: {name: counts.tolist() for name, counts in getattr(profile, kind).items()}
+            for kind in ("tokens", "gate_mass")
+        }
+
+    def restore(self, state: dict) -> None:
+        """Go on counting from a state."""
+        import torch
+
+        self._drain()
+        for kind, dtype in (("tokens", torch.int64), ("gate_mass", torch.float64)):
+            held = getattr(self._counted, kind)
+            held.clear()
+            held |= {name: torch.tensor(counts, dtype=dtype) for name, counts in state[kind].items()}
 
 
 @contextlib.contextmanager
-def recorded(model) -> Iterator:
-    """Yield an ExpertProfile that holds, when the block has ended, where its tokens went; None without experts.
+def recorded(model) -> Iterator[Recorded | None]:
+    """Yield a Recorded that counts inside the block where the model's tokens go; None without experts.
 
     Args:
         model: of PEFT; the experts are those of its mixture of LoRAs, if it has one, else its own.
@@ -19,13 +56,10 @@ def recorded(model) -> Iterator:
     from peftfast.integrations.tuners.profile import recording
 
     if hasattr(model.base_model, "expert_load"):
-        model.base_model.expert_load()  # from here on it counts anew
-        profile = ExpertProfile({}, {})
-        yield profile
-        profile.tokens |= model.base_model.expert_load()
+        yield Recorded(ExpertProfile({}, {}), model.base_model.expert_load)
     elif experts_of(model):
         with recording(model) as profile:
-            yield profile
+            yield Recorded(profile)
     else:
         yield None
 

@@ -51,11 +51,12 @@ class Adapted:
     notes: list[str]
 
 
-def adapt(model, settings: TrainSettings, batches: Iterable[dict]) -> Adapted:
+def adapt(model, settings: TrainSettings, batches: Iterable[dict], profile=None) -> Adapted:
     """Return `model` with what `settings.method` trains, and its routers and embeddings trained if told.
 
     Args:
         batches: model inputs from the training data, by which `--experts profile:` chooses.
+        profile: the ExpertProfile by which it has chosen before, instead.
     Raises:
         UserError: the model lacks what an option is about, or PEFT cannot adapt what it names.
     """
@@ -66,7 +67,7 @@ def adapt(model, settings: TrainSettings, batches: Iterable[dict]) -> Adapted:
         coefficient = router_aux_loss_coef(model, settings, trained=True)
         return Adapted(model, "all" if experts_of(model) else None, None, coefficient, [])
     if settings.method in LORAS:
-        config, choice, profile, coefficient, notes = _lora(model, settings, batches)
+        config, choice, profile, coefficient, notes = _lora(model, settings, batches, profile)
     else:
         config = _bottleneck(settings) if settings.method == "bottleneck" else _prompt(model, settings)
         choice, profile, coefficient, notes = ("none" if experts_of(model) else None), None, None, []
@@ -108,7 +109,7 @@ def _given(settings: TrainSettings, names: dict[str, str]) -> dict:
 # ---- LoRA -------------------------------------------------------------------------------------------------
 
 
-def _lora(model, settings: TrainSettings, batches: Iterable[dict]) -> tuple:
+def _lora(model, settings: TrainSettings, batches: Iterable[dict], profile) -> tuple:
     """Return the configuration, and of Adapted what follows the model."""
     from peft import LoraConfig
 
@@ -133,7 +134,6 @@ def _lora(model, settings: TrainSettings, batches: Iterable[dict]) -> tuple:
         modules_to_save=_suffixes(model, whole) if whole else None,
         ensure_weight_tying=tied,
     )
-    profile = None
     if settings.method == "mixture":
         options |= _given(settings, MIXTURE | {"router_aux_loss_coef": "router_aux_loss_coef"})
         config = _configure(peftfast.MixtureLoraConfig, settings, options)
@@ -142,7 +142,7 @@ def _lora(model, settings: TrainSettings, batches: Iterable[dict]) -> tuple:
     kind = LoraConfig
     if settings.expert_share is not None:
         try:
-            profile = peftfast.profile_experts(model, batches)
+            profile = profile or peftfast.profile_experts(model, batches)
             options["experts"] = profile.top_share(settings.expert_share)
         except ValueError as error:
             raise UserError(f"--experts {settings.experts}: {first_sentence(error)}.") from error

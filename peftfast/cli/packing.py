@@ -88,17 +88,6 @@ def model_inputs(batch: dict) -> dict:
     return {name: values for name, values in batch.items() if name != hidden}
 
 
-def trainer_of_rows() -> type:
-    """Return transformers' Trainer for batches of `Stack`."""
-    from transformers import Trainer
-
-    class PackingTrainer(Trainer):
-        def compute_loss(self, model, inputs, *args, **kwargs):
-            return super().compute_loss(model, model_inputs(inputs), *args, **kwargs)
-
-    return PackingTrainer
-
-
 def check(model, settings: TrainSettings, stack: Callable, device) -> None:
     """Refuse a model that computes joined examples otherwise than each alone.
 

@@ -23,6 +23,16 @@ BACKENDS = ("peftfast", "peft")
 ROUTERS = ("freeze", "train")
 PROFILE = "profile:"  # of --experts: what comes before the share
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+# By Trainer's names.
+BITSANDBYTES_OPTIMIZERS = (
+    *("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"),
+    *("lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit"),
+)
+OPTIMIZERS = (
+    *("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"),
+    *BITSANDBYTES_OPTIMIZERS,
+)
+SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 # Options by the argument of the configuration that they go to: FourBitConfig, MixtureLoraConfig, BottleneckConfig.
 QUANTIZATION = {
     "quant_type": "quant_type",
@@ -164,7 +174,7 @@ class TrainSettings:
     learning_rate: Annotated[
         float | None,
         Option(
-            help="Peak of a linear schedule with 3 % warmup; by default that of the method: "
+            help="Peak of the schedule; by default that of the method: "
             + ", ".join(f"{name} {rate:g}" for name, rate in LEARNING_RATES.items())
             + "."
         ),
@@ -176,6 +186,23 @@ class TrainSettings:
             "(a half to a tenth is usual), with full the same."
         ),
     ] = None
+    optimizer: Annotated[
+        str,
+        Option(
+            help=f"By Trainer's name: {', '.join(OPTIMIZERS)}; those with bits in their name are bitsandbytes'."
+        ),
+    ] = "adamw_torch"
+    lr_scheduler_type: Annotated[str, Option(help=f"{', '.join(SCHEDULERS)}.")] = "linear"
+    warmup_ratio: Annotated[float, Option(help="Share of the steps to warm up in, in [0, 1).")] = 0.03
+    weight_decay: Annotated[float, Option(help="Of what is trained, but for biases and norms.")] = 0.0
+    max_grad_norm: Annotated[float, Option(help="Clip gradients to this norm; 0: do not.")] = 1.0
+    gradient_checkpointing: Annotated[
+        bool,
+        Option(
+            "--gradient-checkpointing/--no-gradient-checkpointing",
+            help="Keep each layer's input alone and compute the rest again: less memory, more time.",
+        ),
+    ] = False
     epochs: Annotated[float, Option(help="Passes over the training data.")] = 3.0
     max_steps: Annotated[int | None, Option(help="Optimizer steps; overrides --epochs.")] = None
     micro_batch_size: Annotated[int, Option(help="Sequences per forward pass.")] = 8
@@ -208,6 +235,23 @@ class TrainSettings:
     ] = None
     eval_share: Annotated[float, Option(help="Share of the data to hold out, in [0, 1).")] = 0.1
     max_eval_examples: Annotated[int, Option(help="Held-out examples to use, at most.")] = 500
+    logging_steps: Annotated[
+        int | None, Option(help="Steps from one entry of the log to the next; by default there are about 50.")
+    ] = None
+    eval_steps: Annotated[
+        int | None,
+        Option(help="Evaluate every so many steps too; by default before and after training alone."),
+    ] = None
+    save_steps: Annotated[
+        int | None,
+        Option(help="Steps from one checkpoint to the next, in OUT.checkpoints, which is gone at the end."),
+    ] = None
+    resume: Annotated[
+        bool,
+        Option(
+            "--resume", help="Go on with an interrupted run of the same --out, from its newest checkpoint."
+        ),
+    ] = False
     seed: Annotated[int, Option(help="Seed of everything random.")] = 0
     json: Annotated[Path | None, Option(help="Also write the result record to this file.")] = None
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the result of an earlier run.")] = False
@@ -219,6 +263,8 @@ class TrainSettings:
             "backend": BACKENDS,
             "router": ROUTERS,
             "dtype": DTYPES,
+            "optimizer": OPTIMIZERS,
+            "lr_scheduler_type": SCHEDULERS,
             "quant_type": (None, *FOURBIT_CODEBOOKS),
             "blocksize": (None, *FOURBIT_BLOCKSIZES),
             "data_type": (None, *DATA_TYPES),
@@ -247,6 +293,9 @@ class TrainSettings:
             "sequence_len": 2,
             "max_steps": 1,
             "max_eval_examples": 1,
+            "logging_steps": 1,
+            "eval_steps": 1,
+            "save_steps": 1,
             "seed": 0,
         }.items():
             value = getattr(self, name)
@@ -258,15 +307,23 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise UserError(f"{option(name)} is a positive number, not {value}.")
-        for name in ("lora_dropout", "eval_share"):
+        for name in ("lora_dropout", "eval_share", "warmup_ratio"):
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise UserError(f"{option(name)} lies in [0, 1), not at {value}.")
-        value = self.router_aux_loss_coef
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise UserError(f"--router-aux-loss-coef is a number of at least 0, not {value}.")
+        for name in ("router_aux_loss_coef", "weight_decay", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise UserError(f"{option(name)} is a number of at least 0, not {value}.")
         if self.prompt_init_text is not None and not self.prompt_init_text.strip():
             raise UserError("--prompt-init-text is empty.")
+        if self.eval_steps and not self.eval_file and not self.eval_share:
+            raise UserError("--eval-steps goes with held-out data, and --eval-share 0 holds out none.")
+        if self.method == "prefix" and self.gradient_checkpointing and self.backend == "peft":
+            raise MethodError(
+                "PEFT cannot checkpoint a prefix: --method prefix with --gradient-checkpointing goes with "
+                "--backend peftfast."
+            )
         self._check_experts()
         self._check_objective()
 

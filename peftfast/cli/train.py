@@ -4,15 +4,12 @@ import contextlib
 import dataclasses
 import inspect
 import json
-import math
 import os
 import platform
 import random
 import re
 import shutil
-import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,17 +24,26 @@ from typer import Argument, Context
 
 from peftfast.cli import data, methods, packing
 from peftfast.cli.answer import answer
+from peftfast.cli.checkpoints import (
+    Checkpoint,
+    Checkpoints,
+    check_fingerprint,
+    fingerprint,
+    jsonable,
+    written,
+)
 from peftfast.cli.config_file import read_config
-from peftfast.cli.errors import UserError, first_sentence
-from peftfast.cli.experts import balanced, experts_of
+from peftfast.cli.errors import UserError
+from peftfast.cli.experts import experts_of
 from peftfast.cli.load import describe, expert_load, recorded
 from peftfast.cli.model import is_local_model, load_model, load_tokenizer
 from peftfast.cli.records import check_raw_text, read_records
-from peftfast.cli.settings import DTYPES, TrainSettings, option
+from peftfast.cli.settings import BITSANDBYTES_OPTIMIZERS, DTYPES, TrainSettings, option
 
 RESULT_FILE = "train_result.json"
 ANSWERS_FILE = "held_out_answers.jsonl"
 PROFILE_FILE = "expert_profile.json"
+LOG_FILE, PICTURE_FILE = "train_log.jsonl", "loss.png"
 PROFILED_EXAMPLES = 256  # by which --experts profile: chooses, at most
 
 
@@ -66,10 +72,14 @@ class TrainResult:
     `trainable_share` is that of the parameters in the trained model; `learning_rates` are the peaks of "method" and of
     "embeddings", where these are trained. `gradient_bytes` and `optimizer_bytes` are held when a step is taken,
     `saved_bytes` are those of the weights on disk.
-    `seconds` is the time of training alone, without loading and evaluation; `tokens` counts those of the
-    training sequences, without padding; `peak_memory_mib` is the process's largest resident set while it
-    trained (on a GPU: the largest amount allocated there); `losses` holds [step, training loss] pairs;
-    `report` is what `peftfast.report` says of the model, empty if the backend is peft or there are no adapters.
+    `seconds` is the time of training alone, without loading, evaluating and writing checkpoints; `tokens` counts those
+    of the training sequences, without padding; `peak_memory_mib` is the process's largest resident set while it
+    trained (on a GPU: the largest amount allocated there). Of a run that was resumed all three are those of the steps
+    that led to the result. `losses` holds [step, training loss] pairs. `log` has an entry for each of them: "step",
+    "epoch", "loss", the mean since the entry before, "grad_norm", "learning_rate", "tokens" so far, "tokens_per_second"
+    since the entry before, "peak_memory_mib" so far; and one for each evaluation during training: "eval_loss",
+    "eval_perplexity". `report` is what `peftfast.report` says of the model, empty if the backend is peft or there are
+    no adapters.
     """
 
     settings: dict
@@ -96,6 +106,7 @@ class TrainResult:
     tokens_per_second: float
     peak_memory_mib: float
     losses: list[list[float]]
+    log: list[dict]
     report: str
     versions: dict[str, str]
 
@@ -107,13 +118,15 @@ class TrainResult:
 def train(settings: TrainSettings, console: Console | None = None) -> TrainResult:
     """Fine-tune as told and write adapter, tokenizer and record to `settings.out`.
 
-    Nothing is written until everything is there: the folder appears complete or not at all.
+    Nothing is written until everything is there: the folder appears complete or not at all. Checkpoints are beside it.
 
     Raises:
-        UserError: the model or the data cannot be used, the output would overwrite something, or training
-            diverged.
+        UserError: the model or the data cannot be used, the output would overwrite something, there is nothing to
+            resume, memory or disk space ran out, or training diverged.
     """
     console = console or Console(quiet=True)
+    checkpoints = Checkpoints(settings.out)
+    checkpoint = checkpoints.to_resume(settings)
     check_output(settings)
     records = read_records(settings.data, split=settings.data_split, kind=settings.data_type)
     held_out_records = None
@@ -132,16 +145,31 @@ def train(settings: TrainSettings, console: Console | None = None) -> TrainResul
     huggingface_hub.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if settings.optimizer in BITSANDBYTES_OPTIMIZERS:
+        from peftfast.cli.trainer import check_bitsandbytes
+
+        check_bitsandbytes(settings.optimizer)
     with console.status("Loading the model"):
         tokenizer = load_tokenizer(settings.model, local)
         if settings.chat_template:
             data.use_chat_template(tokenizer, settings.chat_template)
         examples, held_out = _examples(settings, tokenizer, records, held_out_records)
+        if checkpoint:
+            check_fingerprint(checkpoint, fingerprint(settings, examples, held_out))
         model = load_model(
             settings.model, methods.weights_dtype(settings), local, methods.four_bit_config(settings)
         )
         methods.check_quantization(settings, model)
-    return _fine_tune(settings, console, model, tokenizer, examples, held_out)
+    try:
+        with _out_of_memory_said(settings):
+            return _fine_tune(
+                settings, console, model, tokenizer, examples, held_out, checkpoints, checkpoint
+            )
+    except (KeyboardInterrupt, SystemExit):
+        newest = checkpoints.newest()
+        kept = f"with --resume it goes on from step {newest.step}" if newest else "nothing was written"
+        console.print(f"Training was interrupted: {kept}.", highlight=False)
+        raise
 
 
 def _examples(settings: TrainSettings, tokenizer, records, held_out_records) -> tuple[list, list]:
@@ -162,10 +190,19 @@ def _examples(settings: TrainSettings, tokenizer, records, held_out_records) -> 
 
 
 def _fine_tune(
-    settings: TrainSettings, console: Console, model, tokenizer, examples, held_out
+    settings: TrainSettings,
+    console: Console,
+    model,
+    tokenizer,
+    examples,
+    held_out,
+    checkpoints: Checkpoints,
+    checkpoint: Checkpoint | None,
 ) -> TrainResult:
-    import torch
     import transformers
+
+    from peftfast.cli.progress import OptimizerMemory, ProgressBar, reset_peak_memory
+    from peftfast.cli.trainer import FineTuner, Run
 
     transformers.set_seed(settings.seed)
     with contextlib.ExitStack() as stack:
@@ -174,7 +211,9 @@ def _fine_tune(
         quantization, quantized = methods.quantization(model), methods.quantized(model)
         # Without prepare_model_for_kbit_training. Norms and embeddings in fp32, as it would have them, make the
         # whole residual stream fp32; frozen, they gain nothing by it, and the norms compute in fp32 in any case.
-        adapted = methods.adapt(model, settings, _batches(settings, tokenizer, examples))
+        adapted = methods.adapt(
+            model, settings, _batches(settings, tokenizer, examples), _profile_of(checkpoint)
+        )
         for note in adapted.notes:
             console.print(note, highlight=False)
         if adapted.router_aux_loss_coef:
@@ -184,36 +223,49 @@ def _fine_tune(
                 highlight=False,
             )
         model = adapted.model
-        folder = stack.enter_context(_folder_written_at_once(settings))
-        memory = _optimizer_memory()
+        if settings.save_steps or checkpoint or checkpoints.newest():
+            stack.enter_context(checkpoints.opened())
+            if not checkpoint:
+                checkpoints.forget()
+        folder = stack.enter_context(_folder_written_at_once(settings, checkpoints))
+        run = Run(told={"settings": jsonable(settings)})
+        memory, bar = OptimizerMemory(), ProgressBar(console)
+        stack.callback(bar.stop)
+        # The padding side is the trainer's affair: on the right, the positions of a sequence start at 0.
+        tokenizer.padding_side = "right"
         collate = _collator(settings, tokenizer, adapted)
-        trainer = _build_trainer(settings, model, tokenizer, collate, examples, str(folder), console)
+        trainer = FineTuner(
+            settings,
+            adapted,
+            run,
+            checkpoints,
+            folder,
+            train_dataset=_training_rows(settings, examples),
+            eval_dataset=_training_rows(settings, held_out) or None,
+            data_collator=collate,
+            callbacks=[bar, memory],
+        )
         if settings.sample_packing:
             packing.check(model, settings, collate, trainer.args.device)
-        trainer.add_callback(memory)
-        with methods.before_training(model):
-            before, _ = _evaluate(settings, trainer, tokenizer, held_out, console)
-        _reset_peak_memory()
-        started = time.perf_counter()
-        # Where the model's loss is already that of an optimizer step, each of its parts adds the balancing loss whole.
-        accumulation = settings.gradient_accumulation_steps if trainer.model_accepts_loss_kwargs else 1
-        with recorded(model) as load, balanced(adapted, accumulation):
-            try:
-                trainer.train()
-            except ValueError as error:  # of routing weights, before there is a loss
-                if "not finite" not in str(error):
-                    raise
-                raise _diverged(settings, first_sentence(error)) from error
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-        peak_memory = _peak_memory_mib()
-        losses = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
-        if not all(math.isfinite(loss) for _, loss in losses):
-            raise _diverged(settings, "the loss is not finite")
-        after, answers = _evaluate(settings, trainer, tokenizer, held_out, console)
+        if checkpoint:
+            before = checkpoint.run["before"] and Evaluation(**checkpoint.run["before"])
+            console.print(f"Going on from step {checkpoint.step}.", highlight=False)
+        else:
+            with methods.before_training(model):
+                before, _ = _evaluate(trainer, tokenizer, held_out, console)
+        if settings.save_steps:
+            run.told["fingerprint"] = fingerprint(settings, examples, held_out)
+            run.told["before"] = before and dataclasses.asdict(before)
+        reset_peak_memory()
+        with recorded(model) as run.load:
+            trainer.fine_tune(checkpoint)
+        load = run.load and run.load.profile()
+        after, answers = _evaluate(trainer, tokenizer, held_out, console)
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         trainable, held = sum(weight.numel() for weight in trained), methods.base_size(model)[0]
+        newest = checkpoints.newest()
+        then = f" With --resume the run goes on from step {newest.step}." if newest else ""
+        stack.enter_context(written(f"--out {settings.out}", folder, then))
         _save(model, settings, folder)
         result = TrainResult(
             settings=dataclasses.asdict(settings),
@@ -235,32 +287,42 @@ def _fine_tune(
             before=before,
             after=after,
             steps=trainer.state.global_step,
-            seconds=seconds,
+            seconds=run.seconds,
             tokens=trainer.state.num_input_tokens_seen,
-            tokens_per_second=trainer.state.num_input_tokens_seen / seconds,
-            peak_memory_mib=peak_memory,
-            losses=losses,
+            tokens_per_second=trainer.state.num_input_tokens_seen / run.seconds,
+            peak_memory_mib=run.peak_memory_mib,
+            losses=[[entry["step"], entry["loss"]] for entry in trainer.entries if "loss" in entry],
+            log=trainer.entries,
             report=_report(model) if settings.backend == "peftfast" and settings.method != "full" else "",
             versions={"python": platform.python_version()}
             | {name: version(name) for name in ("torch", "transformers", "peft")},
         )
-        if adapted.profile is not None:
-            adapted.profile.save(folder / PROFILE_FILE)
-            _plot(adapted.profile, folder / "expert_profile.png")
-        if load is not None:
-            _plot(load, folder / "expert_load.png")
-        tokenizer.save_pretrained(folder)
-        (folder / RESULT_FILE).write_text(result.to_json(), encoding="utf-8")
-        if answers:
-            lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in answers)
-            (folder / ANSWERS_FILE).write_text("".join(lines), encoding="utf-8")
+        _write(result, folder, tokenizer, adapted.profile, load, answers)
     if settings.json:
         settings.json.write_text(result.to_json(), encoding="utf-8")
     return result
 
 
-def _diverged(settings: TrainSettings, sign: str) -> UserError:
-    return UserError(f"training diverged ({sign}): lower --learning-rate {settings.learning_rates[0]}.")
+def _write(result: TrainResult, folder: Path, tokenizer, profile, load, answers: list[dict]) -> None:
+    """Write all that is beside the weights: tokenizer, record, log, pictures, answers."""
+    tokenizer.save_pretrained(folder)
+    (folder / RESULT_FILE).write_text(result.to_json(), encoding="utf-8")
+    _write_lines(result.log, folder / LOG_FILE)
+    if answers:
+        _write_lines(answers, folder / ANSWERS_FILE)
+    if profile is not None:
+        profile.save(folder / PROFILE_FILE)
+    with contextlib.suppress(ImportError):  # pictures, where matplotlib is installed
+        draw(result, folder / PICTURE_FILE)
+        if profile is not None:
+            profile.plot(folder / "expert_profile.png")
+        if load is not None:
+            load.plot(folder / "expert_load.png")
+
+
+def _write_lines(records: list[dict], path: Path) -> None:
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def _save(model, settings: TrainSettings, folder: Path) -> None:
@@ -269,6 +331,33 @@ def _save(model, settings: TrainSettings, folder: Path) -> None:
     if settings.method == "full":
         model.to(getattr(torch, DTYPES[settings.dtype]))
     model.save_pretrained(folder)
+
+
+def _profile_of(checkpoint: Checkpoint | None):
+    """Return the profile by which the interrupted run chose experts; None if it chose none."""
+    from peftfast import ExpertProfile
+
+    path = checkpoint and checkpoint.path / PROFILE_FILE
+    return ExpertProfile.load(path) if path and path.is_file() else None
+
+
+@contextlib.contextmanager
+def _out_of_memory_said(settings: TrainSettings) -> Iterator[None]:
+    """Turn running out of memory inside the block into a sentence that says what takes less."""
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        signs = ("not enough memory", "allocate memory", "out of memory")
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(
+            sign in str(error) for sign in signs
+        ):
+            raise
+        ways = [f"--micro-batch-size {settings.micro_batch_size}"] if settings.micro_batch_size > 1 else []
+        ways.append(f"--sequence-len {settings.sequence_len}")
+        also = "" if settings.gradient_checkpointing else ", or pass --gradient-checkpointing"
+        raise UserError(f"memory ran out: lower {' or '.join(ways)}{also}.") from error
 
 
 @contextlib.contextmanager
@@ -289,12 +378,6 @@ def _report(model) -> str:
     import peftfast
 
     return str(peftfast.report(model))
-
-
-def _plot(profile, path: Path) -> None:
-    """Write the profile's heat map where matplotlib is installed."""
-    with contextlib.suppress(ImportError):
-        profile.plot(path)
 
 
 def _batches(settings: TrainSettings, tokenizer, examples: list[data.Example]) -> Iterator[dict]:
@@ -318,72 +401,6 @@ def _collator(settings: TrainSettings, tokenizer, adapted: methods.Adapted):
     return DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8)
 
 
-def _build_trainer(
-    settings: TrainSettings, model, tokenizer, collate, examples, folder: str, console: Console
-):
-    import torch
-    from transformers import PrinterCallback, Trainer, TrainingArguments
-
-    rows = _training_rows(settings, examples)
-    steps = settings.max_steps or math.ceil(
-        settings.epochs
-        * math.ceil(math.ceil(len(rows) / settings.micro_batch_size) / settings.gradient_accumulation_steps)
-    )
-    autocast = settings.method == "full" and settings.dtype == "bf16"
-    arguments = TrainingArguments(
-        output_dir=folder,
-        per_device_train_batch_size=settings.micro_batch_size,
-        per_device_eval_batch_size=settings.micro_batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        learning_rate=settings.learning_rates[0],
-        bf16=autocast,
-        use_cpu=autocast and not torch.accelerator.is_available(),
-        warmup_steps=math.ceil(0.03 * steps),
-        logging_steps=max(1, steps // 50),
-        logging_nan_inf_filter=False,
-        include_num_input_tokens_seen="non_padding",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,
-        seed=settings.seed,
-    )
-    # The padding side is the trainer's affair: on the right, the positions of a sequence start at 0.
-    tokenizer.padding_side = "right"
-    kind = packing.trainer_of_rows() if settings.sample_packing else Trainer
-    trainer = kind(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        data_collator=collate,
-        callbacks=[_progress_callback(console)],
-        optimizers=(_optimizer(settings, model, arguments), None),
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def _optimizer(settings: TrainSettings, model, arguments):
-    """Return the Trainer's optimizer with the embeddings' own learning rate; None where they have none."""
-    from transformers import Trainer
-
-    if settings.objective != "pretrain":
-        return None
-    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    rate, embedding_rate = settings.learning_rates
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    embeddings = {weight for module in methods.embeddings_of(base).values() for weight in module.parameters()}
-    groups = [
-        {"params": [weight for weight in trained if weight not in embeddings], "lr": rate},
-        {"params": [weight for weight in trained if weight in embeddings], "lr": embedding_rate},
-    ]
-    return kind(groups, **options)
-
-
 def _training_rows(settings: TrainSettings, examples: list[data.Example]) -> list[dict]:
     """Return what the collator takes: an example each, or several that are joined."""
     if settings.sample_packing:
@@ -402,109 +419,27 @@ def _rows(examples: list[data.Example]) -> list[dict]:
     ]
 
 
-def _progress_callback(console: Console):
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    from transformers import TrainerCallback
-
-    class ProgressBar(TrainerCallback):
-        """Shows steps, remaining time and the latest training loss."""
-
-        def on_train_begin(self, args, state, control, **kwargs):
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-            )
-            self.progress = Progress(
-                *columns, console=console, transient=True, disable=not console.is_terminal
-            )
-            self.task = self.progress.add_task("Training", total=state.max_steps)
-            self.progress.start()
-
-        def on_step_end(self, args, state, control, **kwargs):
-            self.progress.update(self.task, completed=state.global_step)
-
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if "loss" in (logs or {}):
-                self.progress.update(self.task, description=f"Training, loss {float(logs['loss']):.3f}")
-
-        def on_train_end(self, args, state, control, **kwargs):
-            self.progress.stop()
-
-    return ProgressBar()
-
-
-def _optimizer_memory():
-    """Return a callback that measures what training holds for the trained weights alone, at the end of a step."""
-    import torch
-    from transformers import TrainerCallback
-
-    class OptimizerMemory(TrainerCallback):
-        gradient_bytes = optimizer_bytes = 0
-
-        def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
-            if state.global_step == 0:
-                gradients = (weight.grad for weight in model.parameters())
-                self.gradient_bytes = sum(gradient.nbytes for gradient in gradients if gradient is not None)
-                held = getattr(optimizer, "optimizer", optimizer).state.values()  # accelerate wraps it
-                values = (value for entries in held for value in entries.values())
-                self.optimizer_bytes = sum(
-                    value.nbytes for value in values if isinstance(value, torch.Tensor)
-                )
-
-    return OptimizerMemory()
-
-
-def _evaluate(settings: TrainSettings, trainer, tokenizer, held_out: list[data.Example], console: Console):
+def _evaluate(trainer, tokenizer, held_out: list[data.Example], console: Console):
     """Return the model's Evaluation and, for prompt/completion data, its answers as records."""
     if not held_out:
         return None, []
-    import torch
+    from peftfast.cli.trainer import perplexity
 
-    model = trainer.model.eval()
-    total, count = 0.0, 0
-    with console.status("Evaluating"), torch.no_grad():
-        for batch in trainer.get_eval_dataloader(_training_rows(settings, held_out)):
-            learned = int((batch["labels"][:, 1:] != data.IGNORED).sum())
-            total += model(**packing.model_inputs(batch), use_cache=False).loss.item() * learned
-            count += learned
-        loss = total / count
+    with console.status("Evaluating"):
+        loss = trainer.held_out_loss()
         answers = []
         if held_out[0].prompt is not None:
             longest = max(sum(label != data.IGNORED for label in example.labels) for example in held_out)
-            given = answer(model, tokenizer, [example.prompt for example in held_out], max_new_tokens=longest)
+            given = answer(
+                trainer.model, tokenizer, [example.prompt for example in held_out], max_new_tokens=longest
+            )
             answers = [
                 {"prompt": example.prompt, "completion": example.completion, "answer": text}
                 for example, text in zip(held_out, given, strict=True)
             ]
     exact = [line["answer"].strip() == line["completion"].strip() for line in answers]
     exact_match = sum(exact) / len(exact) if exact else None
-    return Evaluation(loss, math.exp(min(loss, 700)), exact_match), answers
-
-
-def _reset_peak_memory() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    # Linux starts a new peak on this request; elsewhere the peak is that of the whole run.
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_memory_mib() -> float:
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    with contextlib.suppress(OSError):
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 1024)
+    return Evaluation(loss, perplexity(loss), exact_match), answers
 
 
 def check_output(settings: TrainSettings) -> None:
@@ -533,11 +468,12 @@ def check_record_file(path: Path | None) -> None:
 
 
 @contextlib.contextmanager
-def _folder_written_at_once(settings: TrainSettings) -> Iterator[Path]:
+def _folder_written_at_once(settings: TrainSettings, checkpoints: Checkpoints) -> Iterator[Path]:
     """Yield a temporary folder beside `settings.out`, which takes its place if the block ends well."""
     out = settings.out.absolute()
-    # Where the parent is still missing, beside means in the nearest folder that exists: the same file system.
-    beside = next(parent for parent in out.parents if parent.exists())
+    # Where the parent is still missing, beside means in the nearest folder that exists: the same file system. Among
+    # checkpoints, where there are any, a resumed run finds and removes what a killed one has left.
+    beside = next(folder for folder in (checkpoints.folder, *out.parents) if folder.exists())
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=beside))
     except OSError as error:
@@ -559,6 +495,19 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def draw(result: TrainResult, path: Path) -> None:
+    """Draw the losses of a run and its learning rate over its steps.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from peftfast.cli import progress
+
+    method, model = result.settings["method"], Path(result.settings["model"]).name
+    scores = [score and score.loss for score in (result.before, result.after)]
+    progress.draw(result.log, result.steps, *scores, f"{method} on {model}", path)
 
 
 def show(result: TrainResult, console: Console) -> None:

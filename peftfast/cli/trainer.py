@@ -1,0 +1,329 @@
+"""transformers' Trainer as `peftfast train` runs it: with a log and an evaluation of its own, and whole checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from peftfast.cli.checkpoints import Checkpoint, Checkpoints, written
+from peftfast.cli.data import IGNORED
+from peftfast.cli.errors import UserError, first_sentence
+from peftfast.cli.experts import balanced
+from peftfast.cli.load import Recorded
+from peftfast.cli.methods import Adapted, embeddings_of
+from peftfast.cli.packing import model_inputs
+from peftfast.cli.progress import peak_memory_mib
+from peftfast.cli.settings import TrainSettings
+
+WEIGHTS_FILE = "trained_weights.safetensors"
+PROFILE_FILE = "expert_profile.json"
+
+
+@dataclass
+class Run:
+    """What of a run is not Trainer's to keep, but has to be there again when it is resumed.
+
+    `told` is what never changes: settings, fingerprint and held-out scores before training. `load` is a Recorded of the
+    experts' tokens, `loss` the sum of the steps' losses since the last entry of the log, `logged` at which step, tokens
+    and seconds that was.
+    """
+
+    told: dict
+    load: Recorded | None = None
+    loss: torch.Tensor | float = 0.0
+    logged: tuple[int, int, float] = (0, 0, 0.0)
+    seconds: float = 0.0
+    peak_memory_mib: float = 0.0
+
+    def state(self) -> dict:
+        """Return it for run.json."""
+        return self.told | {
+            "loss": float(self.loss),
+            "logged": self.logged,
+            "seconds": self.seconds,
+            "peak_memory_mib": self.peak_memory_mib,
+            "expert_load": self.load and self.load.state(),
+        }
+
+    def restore(self, state: dict) -> None:
+        """Go on from a checkpoint's run.json."""
+        for name in ("loss", "logged", "seconds", "peak_memory_mib"):
+            setattr(self, name, state[name])
+        if self.load:
+            self.load.restore(state["expert_load"])
+
+
+class FineTuner(Trainer):
+    """Trains what `settings` say.
+
+    Its log has an entry for each logged step and each evaluation; `seconds` of the run are those of training alone.
+
+    Args:
+        checkpoints: where --save-steps puts them.
+        folder: for files that are not whole yet; what else is given is Trainer's.
+    """
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        adapted: Adapted,
+        run: Run,
+        checkpoints: Checkpoints,
+        folder: Path,
+        *,
+        train_dataset: list[dict],
+        **arguments,
+    ) -> None:
+        super().__init__(
+            model=adapted.model,
+            args=training_arguments(settings, folder, len(train_dataset)),
+            train_dataset=train_dataset,
+            **arguments,
+        )
+        self.remove_callback(PrinterCallback)
+        self.settings, self.adapted, self.run, self.checkpoints = settings, adapted, run, checkpoints
+        self._started: float | None = None  # while training
+
+    def fine_tune(self, checkpoint: Checkpoint | None) -> None:
+        """Train from the start, or from a checkpoint.
+
+        Raises:
+            UserError: training diverged, or a checkpoint cannot be read or written.
+        """
+        if checkpoint:
+            self.run.restore(checkpoint.run)
+        self._started = time.perf_counter()
+        try:
+            self.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        except (ValueError, RuntimeError) as error:
+            # Of routing weights, before there is a loss, and of the size of a step.
+            if not any(sign in str(error) for sign in ("not finite", "without overflow")):
+                raise
+            raise self._diverged(first_sentence(error)) from error
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._count()
+        self._started = None
+
+    def _count(self) -> None:
+        """Have seconds and peak memory of the run be those of this moment."""
+        now = time.perf_counter()
+        self.run.seconds += now - self._started
+        self._started = now
+        self.run.peak_memory_mib = max(self.run.peak_memory_mib, peak_memory_mib())
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """What happens in the block is no training: it takes none of its time, random numbers or experts' tokens."""
+        load = self.run.load
+        self._count()
+        held = load and load.state()
+        with torch.random.fork_rng(devices=[]):
+            yield
+        if load:
+            load.restore(held)
+        self._started = time.perf_counter()
+
+    def _diverged(self, sign: str) -> UserError:
+        rate = self.settings.learning_rates[0]
+        return UserError(f"training diverged ({sign}): lower --learning-rate {rate}.")
+
+    # ---- steps
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        # Where the model's loss is already that of an optimizer step, each of its parts adds the balancing loss whole.
+        accumulation = self.args.gradient_accumulation_steps if self.model_accepts_loss_kwargs else 1
+        with balanced(self.adapted, accumulation):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        # As Trainer sums it, but here the sum outlives an interruption between two entries of the log.
+        self.run.loss = loss + self.run.loss
+        return loss
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return super().compute_loss(model, model_inputs(inputs), *args, **kwargs)
+
+    def create_optimizer(self, model=None):
+        """Trainer's, with the embeddings' own learning rate where they have one."""
+        if self.optimizer is not None or self.settings.objective != "pretrain":
+            return super().create_optimizer()
+        optimizer = super().create_optimizer()
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        embeddings = {weight for module in embeddings_of(base).values() for weight in module.parameters()}
+        for group in list(optimizer.param_groups):
+            weights = group["params"]
+            group["params"] = [weight for weight in weights if weight not in embeddings]
+            apart = [weight for weight in weights if weight in embeddings]
+            if apart:
+                rate = self.settings.learning_rates[1]
+                optimizer.add_param_group(group | {"params": apart, "lr": rate})
+        return optimizer
+
+    # ---- log and evaluation
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            self._count()
+            now = self.state.global_step, int(self.state.num_input_tokens_seen), self.run.seconds
+            steps, tokens, seconds = (new - old for new, old in zip(now, self.run.logged, strict=True))
+            logs["loss"] = float(self.run.loss) / steps
+            if not math.isfinite(logs["loss"]):
+                raise self._diverged("the loss is not finite")
+            logs["tokens_per_second"] = tokens / seconds
+            logs["peak_memory_mib"] = self.run.peak_memory_mib
+            self.run.loss, self.run.logged = 0.0, now
+        super().log(logs)
+
+    @property
+    def entries(self) -> list[dict]:
+        """The log: an entry for each logged step ("loss") and each evaluation ("eval_loss")."""
+        names = {"num_input_tokens_seen": "tokens"}
+        return [
+            {"step": entry["step"]} | {names.get(name, name): value for name, value in entry.items()}
+            for entry in self.state.log_history
+            if "loss" in entry or "eval_loss" in entry
+        ]
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """Trainer's, by the loss per token of all held-out examples together."""
+        with self._aside():
+            loss = self.held_out_loss()
+        metrics = {"eval_loss": loss, "eval_perplexity": perplexity(loss)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def held_out_loss(self) -> float:
+        """Return the mean cross entropy of the held-out examples, in nats per learned token."""
+        model = self.model.eval()
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for batch in self.get_eval_dataloader():
+                learned = int((batch["labels"][:, 1:] != IGNORED).sum())
+                total += model(**model_inputs(batch), use_cache=False).loss.item() * learned
+                count += learned
+        return total / count
+
+    # ---- checkpoints
+
+    def _save_checkpoint(self, model, trial) -> None:
+        step = self.state.global_step
+        if step >= self.state.max_steps:  # the result is next
+            return
+        if not math.isfinite(float(self.run.loss)):
+            raise self._diverged("the loss is not finite")
+        newest = self.checkpoints.newest()
+        then = f" With --resume the run goes on from step {newest.step}." if newest else ""
+        folder = Path(self.args.output_dir)
+        with (
+            self._aside(),
+            written(f"the checkpoint of step {step} in {self.checkpoints.folder}", folder, then),
+        ):
+            partial = folder / f"checkpoint-{step}"
+            try:
+                super()._save_checkpoint(model, trial)
+                if self.adapted.profile is not None:
+                    self.adapted.profile.save(partial / PROFILE_FILE)
+                self.checkpoints.keep(partial, step, self.run.state())
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        # What save_pretrained writes is for use: of a prompt's encoder it keeps the result alone.
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: weight.detach().contiguous() for name, weight in self._trained().items()}
+        save_file(weights, folder / WEIGHTS_FILE)
+        if self.settings.method != "full":
+            self.model.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        path, trained = Path(resume_from_checkpoint, WEIGHTS_FILE), self._trained()
+        try:
+            weights = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"--resume: {path} cannot be read: {first_sentence(error)}.") from error
+        if {name: weight.shape for name, weight in weights.items()} != {
+            name: weight.shape for name, weight in trained.items()
+        }:
+            raise UserError(f"--resume: {path} does not hold the weights that are trained.")
+        with torch.no_grad():
+            for name, weight in trained.items():
+                weight.copy_(weights[name])
+
+    def _trained(self) -> dict[str, torch.Tensor]:
+        return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+
+
+def perplexity(loss: float) -> float:
+    """Return the exponential of a loss, or the largest number that is one."""
+    return math.exp(min(loss, 700))
+
+
+def training_arguments(settings: TrainSettings, folder: Path, examples: int) -> TrainingArguments:
+    """Return Trainer's arguments for a run on so many examples."""
+    batches = math.ceil(examples / settings.micro_batch_size)
+    steps = settings.max_steps or math.ceil(
+        settings.epochs * math.ceil(batches / settings.gradient_accumulation_steps)
+    )
+    autocast = settings.method == "full" and settings.dtype == "bf16"
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings.micro_batch_size,
+        per_device_eval_batch_size=settings.micro_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        learning_rate=settings.learning_rates[0],
+        lr_scheduler_type=settings.lr_scheduler_type,
+        warmup_steps=math.ceil(settings.warmup_ratio * steps),
+        optim=settings.optimizer,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=autocast,
+        use_cpu=autocast and not torch.accelerator.is_available(),
+        logging_steps=settings.logging_steps or max(1, steps // 50),
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        eval_strategy="steps" if settings.eval_steps else "no",
+        eval_steps=settings.eval_steps,
+        save_strategy="steps" if settings.save_steps else "no",
+        save_steps=settings.save_steps or 500,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        seed=settings.seed,
+    )
+
+
+def check_bitsandbytes(optimizer: str) -> None:
+    """Raise UserError unless bitsandbytes is there and takes a step of its `optimizer` on the device."""
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    weight = torch.nn.Parameter(torch.zeros(8192, device=device))  # fewer stay in 32 bits
+    weight.grad = torch.ones_like(weight)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = TrainingArguments(output_dir=folder, optim=optimizer, report_to="none")
+            kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        kind([weight], **options).step()
+    except ImportError:
+        raise UserError(
+            f"--optimizer {optimizer} takes bitsandbytes, which is not installed: pip install bitsandbytes."
+        ) from None
+    except Exception as error:  # whatever a library says about a device that it does not know
+        raise UserError(
+            f"--optimizer {optimizer}: bitsandbytes has it not for {device.type}: {first_sentence(error)}."
+        ) from error

@@ -1,0 +1,523 @@
+"""How `peftfast train` runs: killed and resumed, out of disk or memory, its schedule, its log, what it shows."""
+
+import errno
+import json
+import math
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+
+import pytest
+import torch
+from rich.console import Console
+from test_cli import model_folder, moe_folder, refusal, run, tokenizer, write_jsonl  # noqa: F401
+from transformers import Trainer, TrainerControl, TrainerState
+
+import peftfast
+from peftfast.cli import main
+from peftfast.cli.checkpoints import Checkpoints
+from peftfast.cli.errors import UserError
+from peftfast.cli.progress import LINES, ProgressBar
+from peftfast.cli.settings import OPTIMIZERS, TrainSettings
+from peftfast.cli.train import LOG_FILE, PICTURE_FILE, RESULT_FILE, train
+from peftfast.cli.trainer import WEIGHTS_FILE, FineTuner, training_arguments
+
+WORDS = ["".join(chr(97 + (7 * i + 3 * j) % 26) for j in range(3)) for i in range(20)]
+
+
+@pytest.fixture(autouse=True)
+def pictures(monkeypatch):
+    """Pictures take longer than these runs: they are drawn where a test asks for it."""
+    monkeypatch.setattr("peftfast.ExpertProfile.plot", lambda *_: None)
+    with monkeypatch.context() as patch:
+        patch.setattr("peftfast.cli.train.draw", lambda *_: None)
+        yield patch
+
+
+@pytest.fixture
+def words(tmp_path):
+    records = [{"prompt": f"{word}=", "completion": word.upper()} for word in WORDS]
+    return write_jsonl(tmp_path / "words.jsonl", records)
+
+
+@pytest.fixture
+def settings(model_folder, words, tmp_path):  # noqa: F811
+    """Of a run of 10 steps in 2 epochs, with a checkpoint in between two entries of the log."""
+
+    def with_options(out="out", **options):
+        common = dict(
+            model=str(model_folder), data=words, out=tmp_path / out, learning_rate=1e-2, max_steps=10,
+            micro_batch_size=2, gradient_accumulation_steps=2, logging_steps=3, eval_share=0.1,
+            max_eval_examples=1,
+        )  # fmt: skip
+        return TrainSettings(**common | options)
+
+    return with_options
+
+
+def interrupt(monkeypatch, step):
+    """Have training end as on Ctrl-C when a step is done; None: no more."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ProgressBar, "on_step_end", on_step_end)
+
+
+def interrupted(settings, monkeypatch, step=8, save_steps=4, **options):
+    """Return the checkpoints of a run that was interrupted."""
+    interrupt(monkeypatch, step)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings(save_steps=save_steps, **options))
+    interrupt(monkeypatch, None)
+    return Checkpoints(settings(**options).out)
+
+
+def weights(out):
+    return {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
+
+
+def untimed(log):
+    return [
+        {name: value for name, value in entry.items() if name not in ("tokens_per_second", "peak_memory_mib")}
+        for entry in log
+    ]
+
+
+# ---- resumed is as if never interrupted ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(method="lora", lora_dropout=0.1, eval_steps=3),
+        dict(method="lora", objective="pretrain", weight_decay=0.01),
+        dict(method="qlora", dtype="bf16", backend="peft"),
+        dict(method="mixture", mixture_experts=3),
+        dict(method="bottleneck", bottleneck_size=4),
+        dict(method="prefix", encoder_hidden_size=8),
+        dict(method="prompt", gradient_checkpointing=True),
+        dict(method="full", dtype="bf16", optimizer="adafactor"),
+        dict(method="lora", experts="profile:0.5", router="train", eval_steps=2),
+    ],
+    ids=lambda options: "-".join(f"{value}" for value in options.values()),
+)
+def test_resumed_is_as_if_never_interrupted(settings, moe_folder, tmp_path, monkeypatch, options):  # noqa: F811
+    if "experts" in options:
+        options = options | {"model": str(moe_folder)}
+    if options.get("objective") == "pretrain":
+        options = options | {"data": write_jsonl(tmp_path / "t.jsonl", [{"text": 6 * w} for w in WORDS])}
+    if "eval_steps" not in options:
+        options = options | {"eval_share": 0}
+    whole = train(settings("whole", **options))
+    checkpoints = interrupted(settings, monkeypatch, **options)
+    assert checkpoints.newest().step == 4  # and not 8, where it was interrupted before the checkpoint
+    monkeypatch.setattr(peftfast, "profile_experts", None)
+    resumed = train(settings(resume=True, **options))
+
+    assert resumed.losses == whole.losses
+    assert untimed(resumed.log) == untimed(whole.log)
+    assert resumed.tokens == whole.tokens
+    assert resumed.expert_load == whole.expert_load
+    assert (resumed.before, resumed.after) == (whole.before, whole.after)
+    assert (resumed.gradient_bytes, resumed.optimizer_bytes) == (whole.gradient_bytes, whole.optimizer_bytes)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert not checkpoints.folder.exists()
+
+
+@pytest.fixture(scope="module")
+def forks():
+    """Processes that begin with all that takes long to import."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["peftfast.cli.trainer", "peft", "peftfast"])
+    return context
+
+
+def test_killed_at_any_moment_it_resumes(settings, forks, tmp_path):
+    def start(options):
+        arguments = ["train", *options.to_arguments()]
+        process = forks.Process(target=main, args=(arguments,))
+        process.start()
+        return process
+
+    steps = dict(max_steps=20, lora_dropout=0.1, eval_share=0)
+    process = start(settings("whole", **steps))
+    process.join()
+    assert process.exitcode == 0
+
+    checkpoints, moments, killed = Checkpoints(tmp_path / "out"), random.Random(0), 0
+    partial = f".out-*/checkpoint-*/{WEIGHTS_FILE}"
+    for least in (1, 9):  # the second while a checkpoint is written
+        resume = checkpoints.newest() is not None
+        process = start(settings(save_steps=3, resume=resume, **steps))
+        while process.is_alive():
+            newest = checkpoints.newest()
+            if newest and newest.step >= least and (least != 9 or any(checkpoints.folder.glob(partial))):
+                time.sleep(0.05 * moments.random() * (least != 9))
+                process.kill()
+                break
+            time.sleep(0.001)
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+        assert checkpoints.newest() is not None
+        assert not (tmp_path / "out").exists()
+    assert killed == 2
+
+    process = start(settings(save_steps=3, resume=True, **steps))
+    process.join()
+    assert process.exitcode == 0
+    whole, resumed = (json.loads((tmp_path / name / RESULT_FILE).read_text()) for name in ("whole", "out"))
+    assert resumed["losses"] == whole["losses"]
+    assert resumed["tokens"] == whole["tokens"]
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole", "words.jsonl"]
+
+
+def test_the_two_newest_checkpoints_are_kept_and_a_broken_one_is_not_taken(settings, monkeypatch):
+    checkpoints = interrupted(settings, monkeypatch, step=9, save_steps=2)
+    found = sorted(path.name for path in checkpoints.folder.glob("*"))
+    assert found == [".lock", "checkpoint-6", "checkpoint-8"]
+    assert checkpoints.newest().step == 8
+    assert {weight.dtype for weight in trained_in(checkpoints.newest()).values()} == {torch.float32}
+    file = checkpoints.newest().path / "optimizer.pt"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert checkpoints.newest().step == 6
+    whole = train(settings("whole"))
+    assert train(settings(resume=True)).losses == whole.losses
+
+
+def trained_in(checkpoint):
+    from safetensors.torch import load_file
+
+    return load_file(checkpoint.path / WEIGHTS_FILE)
+
+
+def test_seconds_are_those_of_the_steps_that_count(settings, monkeypatch):
+    checkpoints = interrupted(settings, monkeypatch)
+    file = checkpoints.newest().path / "run.json"
+    run = json.loads(file.read_text())
+    file.write_text(json.dumps(run | {"seconds": run["seconds"] + 1000, "peak_memory_mib": 1e9}))
+    resumed = train(settings(resume=True))
+    assert 1000 < resumed.seconds < 1100
+    assert resumed.peak_memory_mib == 1e9
+    assert resumed.tokens_per_second == resumed.tokens / resumed.seconds
+
+
+# ---- refusals -----------------------------------------------------------------------------------------------
+
+
+def arguments(settings):
+    return ("train", *settings.to_arguments())
+
+
+def test_what_cannot_be_resumed_is_refused(settings, words, tmp_path, monkeypatch, capsys):
+    error = refusal(capsys, *arguments(settings(resume=True)))
+    assert f"--resume: there is nothing to resume, {tmp_path / 'out.checkpoints'} does not exist." in error
+    checkpoints = interrupted(settings, monkeypatch)
+    held = {path: path.read_bytes() for path in checkpoints.folder.rglob("*") if path.is_file()}
+    for options, message in (
+        (dict(), "holds an interrupted run's checkpoints: pass --resume to go on with it, or --overwrite"),
+        (dict(resume=True, learning_rate=2e-2), "--learning-rate is 0.02, but 0.01 in the interrupted run."),
+        (dict(resume=True, seed=1), "--resume: --seed is 1, but 0 in the interrupted run."),
+        (dict(resume=True, weight_decay=0.1), "--resume: --weight-decay is 0.1, but 0.0 in the interrupted"),
+    ):
+        assert message in refusal(capsys, *arguments(settings(**options)))
+    text = words.read_text()
+    words.write_text(text.replace(WORDS[3], "zzz"))
+    assert "--resume: --data: the training examples are not those" in refusal(
+        capsys, *arguments(settings(resume=True))
+    )
+    words.write_text(text)
+    assert held == {path: path.read_bytes() for path in checkpoints.folder.rglob("*") if path.is_file()}
+
+    other = json.loads((checkpoints.newest().path / "run.json").read_text())
+    assert other["settings"]["seed"] == 0
+    for path in checkpoints.folder.glob("checkpoint-*"):
+        (path / WEIGHTS_FILE).unlink()
+    assert "holds no whole checkpoint" in refusal(capsys, *arguments(settings(resume=True)))
+    assert run(*arguments(settings(save_steps=4))) == 0  # it stands in nobody's way
+
+
+def test_overwrite_starts_anew(settings, monkeypatch):
+    checkpoints = interrupted(settings, monkeypatch)
+    train(settings(overwrite=True, max_steps=3))
+    assert not checkpoints.folder.exists()
+
+
+def test_a_second_run_to_the_same_folder_is_refused(settings, monkeypatch):
+    checkpoints = interrupted(settings, monkeypatch)
+    with checkpoints.opened():
+        with pytest.raises(UserError, match=r"out: another run is writing to it\."):
+            train(settings(resume=True))
+        assert checkpoints.newest().step == 4
+
+
+def test_what_is_no_checkpoint_is_left_alone(settings, tmp_path):
+    (tmp_path / "out.checkpoints").mkdir()
+    mine = tmp_path / "out.checkpoints" / "mine"
+    mine.write_text("kept")
+    with pytest.raises(UserError, match=r"mine is in the way"):
+        train(settings(save_steps=2))
+    assert mine.read_text() == "kept"
+
+
+# ---- what may run out ---------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(settings, monkeypatch, tmp_path, capsys):
+    """By the limit on the size of a file: weights fit, the optimizer's twice as many numbers do not."""
+    whole = train(settings("whole"))
+    size = (tmp_path / "whole" / "adapter_model.safetensors").stat().st_size
+    limits, keep = resource.getrlimit(resource.RLIMIT_FSIZE), Checkpoints.keep
+
+    def then_full(self, *args):
+        keep(self, *args)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(1.5 * size), limits[1]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "keep", then_full)
+        try:
+            error = refusal(capsys, *arguments(settings(save_steps=4)))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    folder = tmp_path / "out.checkpoints"
+    assert f"the checkpoint of step 8 in {folder} cannot be written: File too large." in error
+    assert "With --resume the run goes on from step 4." in error
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "checkpoint-4"]
+    assert train(settings(resume=True)).losses == whole.losses
+
+
+def test_a_result_that_cannot_be_written_can_be_resumed(settings, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("peftfast.cli.train._write", full)
+        error = refusal(capsys, *arguments(settings(save_steps=4, eval_share=0)))
+    assert (
+        "out cannot be written: No space left on device. With --resume the run goes on from step 8." in error
+    )
+    assert train(settings(resume=True, eval_share=0)).steps == 10
+
+
+def test_a_place_that_cannot_be_written_is_named_before_training(settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(FineTuner, "fine_tune", None)
+    (tmp_path / "out.checkpoints").write_text("a file")
+    error = refusal(capsys, *arguments(settings(save_steps=4)))
+    assert "out.checkpoints cannot be written: File exists." in error
+    if os.geteuid() == 0:
+        return  # whom no permission stops
+    (tmp_path / "closed").mkdir(mode=0o555)
+    error = refusal(capsys, *arguments(settings("closed/out", save_steps=4)))
+    assert "out.checkpoints cannot be written: Permission denied." in error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_out_of_memory_says_what_takes_less(settings, monkeypatch, tmp_path, capsys, error):
+    def raise_it(*args):
+        raise error
+
+    monkeypatch.setattr(FineTuner, "training_step", raise_it)
+    message = refusal(capsys, *arguments(settings()))
+    assert "memory ran out: lower --micro-batch-size 2 or --sequence-len 1024, or pass --gradient-" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["words.jsonl"]
+
+
+def test_divergence_keeps_the_last_good_checkpoint(settings, monkeypatch, tmp_path, capsys):
+    step = Trainer.training_step
+
+    def diverging(self, *args):
+        loss = step(self, *args)
+        return loss * math.nan if self.state.global_step >= 5 else loss
+
+    monkeypatch.setattr(Trainer, "training_step", diverging)
+    assert "training diverged (the loss is not finite)" in refusal(
+        capsys, *arguments(settings(save_steps=1, logging_steps=10))
+    )
+    assert Checkpoints(tmp_path / "out").newest().step == 5
+
+
+def test_an_interruption_says_how_to_go_on(settings, monkeypatch, capsys):
+    interrupt(monkeypatch, 6)
+    assert run(*arguments(settings(save_steps=4))) == 130
+    assert "Training was interrupted: with --resume it goes on from step 4." in capsys.readouterr().out
+    assert run(*arguments(settings("other"))) == 130
+    assert "Training was interrupted: nothing was written." in capsys.readouterr().out
+
+
+# ---- options with Trainer's names -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["qlora", "mixture", "bottleneck", "prefix", "full", "experts"])
+def test_checkpointed_layers_train_alike(settings, moe_folder, monkeypatch, method):  # noqa: F811
+    options = dict(method=method, max_steps=2, logging_steps=1, eval_share=0)
+    if method == "experts":
+        options |= dict(method="lora", model=str(moe_folder), lora_dropout=0.1, experts="profile:1")
+    plain, step, seen = train(settings("plain", **options)), FineTuner.training_step, set()
+
+    def watched(self, model, *args):
+        seen.add(any(getattr(module, "gradient_checkpointing", False) for module in model.modules()))
+        return step(self, model, *args)
+
+    monkeypatch.setattr(FineTuner, "training_step", watched)
+    checkpointed = train(settings("checkpointed", gradient_checkpointing=True, **options))
+    assert seen == {True}
+    torch.testing.assert_close(torch.tensor(checkpointed.losses), torch.tensor(plain.losses))
+    assert checkpointed.expert_load == plain.expert_load
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adafactor", "sgd"])
+def test_optimizers_of_torch_train(settings, optimizer, monkeypatch):
+    made, create = [], FineTuner.create_optimizer
+
+    def watched(self, *args):
+        made.append(create(self, *args))
+        return made[-1]
+
+    monkeypatch.setattr(FineTuner, "create_optimizer", watched)
+    result = train(settings(optimizer=optimizer, max_steps=2, logging_steps=1, eval_share=0))
+    assert type(made[0]).__name__.lower() == optimizer.split("_")[0]
+    assert result.losses[-1][1] != result.losses[0][1]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_is_known_to_trainer(settings, tmp_path, optimizer):
+    assert training_arguments(settings(optimizer=optimizer), tmp_path, 1).optim == optimizer
+
+
+def test_optimizers_of_bitsandbytes_train_or_are_refused(settings, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    try:
+        whole = train(settings("whole", optimizer="adamw_8bit"))
+    except UserError as error:
+        assert "--optimizer adamw_8bit: bitsandbytes has it not for " in str(error)
+        return
+    interrupted(settings, monkeypatch, optimizer="adamw_8bit")
+    assert train(settings(resume=True, optimizer="adamw_8bit")).losses == whole.losses
+
+
+def test_what_bitsandbytes_cannot_do_is_a_sentence(settings, monkeypatch, capsys):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+
+    def refuse(*args):
+        raise RuntimeError("no kernel\nfor this")
+
+    monkeypatch.setattr(bitsandbytes.optim.AdamW, "step", refuse)
+    error = refusal(capsys, *arguments(settings(optimizer="paged_adamw_8bit")))
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    assert f"--optimizer paged_adamw_8bit: bitsandbytes has it not for {device.type}: no kernel." in error
+
+
+def test_a_missing_bitsandbytes_is_named(settings, monkeypatch, capsys):
+    monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
+    error = refusal(capsys, *arguments(settings(optimizer="adamw_8bit")))
+    assert "--optimizer adamw_8bit takes bitsandbytes, which is not installed: pip install" in error
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [
+        ("cosine", [0, 0.5, 1, *((1 + math.cos(math.pi * step / 4)) / 2 for step in (1, 2, 3))]),
+        ("constant_with_warmup", [0, 0.5, 1, 1, 1, 1]),
+    ],
+)
+def test_schedules(settings, schedule, shares):
+    result = train(
+        settings(
+            lr_scheduler_type=schedule, warmup_ratio=0.3, max_steps=6, logging_steps=1, eval_share=0,
+            max_grad_norm=1e-9,
+        )
+    )  # fmt: skip
+    assert [entry["learning_rate"] for entry in result.log] == pytest.approx([1e-2 * s for s in shares])
+    assert all(entry["grad_norm"] > 0 for entry in result.log)
+    assert result.losses[0][1] > 0
+
+
+def test_gradients_are_clipped_and_weights_decay(settings, tmp_path):
+    plain = dict(max_steps=2, warmup_ratio=0, optimizer="sgd", eval_share=0)
+    train(settings("plain", **plain))
+    for out, options in {"clipped": dict(max_grad_norm=1e-3), "decayed": dict(weight_decay=0.5)}.items():
+        train(settings(out, **plain | options))
+        assert weights(tmp_path / out) != weights(tmp_path / "plain")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(optimizer="adam"), "--optimizer is one of adamw_torch, "),
+        (dict(lr_scheduler_type="step"), "--lr-scheduler-type is one of linear, cosine, constant, "),
+        (dict(warmup_ratio=1.0), "--warmup-ratio lies in"),
+        (dict(weight_decay=-1.0), "--weight-decay is a number of at least 0"),
+        (dict(max_grad_norm=-1.0), "--max-grad-norm is a number of at least 0"),
+        (dict(logging_steps=0), "--logging-steps is at least 1"),
+        (dict(save_steps=0), "--save-steps is at least 1"),
+        (dict(eval_steps=2, eval_share=0.0), "--eval-steps goes with held-out data"),
+        (
+            dict(method="prefix", backend="peft", gradient_checkpointing=True),
+            "PEFT cannot checkpoint a prefix",
+        ),
+    ],
+)
+def test_bad_options_are_refused(settings, options, message):
+    with pytest.raises(UserError, match=message):
+        settings(**options)
+
+
+# ---- what is seen of it ---------------------------------------------------------------------------------------
+
+
+def test_the_log_holds_what_is_expected(settings, tmp_path):
+    result = train(settings(eval_steps=4, max_eval_examples=2))
+    lines = [json.loads(line) for line in (tmp_path / "out" / LOG_FILE).read_text().splitlines()]
+    assert lines == result.log == json.loads((tmp_path / "out" / RESULT_FILE).read_text())["log"]
+    losses = [entry for entry in lines if "loss" in entry]
+    assert [entry["step"] for entry in losses] == [3, 6, 9]
+    # A prompt of 4 tokens, a completion of 3 and the end; 18 examples by 4, and the rest of 2 at the end of an epoch.
+    assert [entry["tokens"] for entry in losses] == [8 * 3 * 4, 8 * (18 + 4), 8 * (18 + 4 * 4)]
+    for entry in losses:
+        assert entry.keys() == {
+            *("step", "epoch", "loss", "grad_norm", "learning_rate", "tokens"),
+            *("tokens_per_second", "peak_memory_mib"),
+        }
+        assert 0 < entry["tokens_per_second"] < 1e7
+        assert 50 < entry["peak_memory_mib"] <= result.peak_memory_mib
+    evaluated = {entry["step"]: entry for entry in lines if "eval_loss" in entry}
+    assert list(evaluated) == [4, 8, 10]
+    assert evaluated[8]["eval_perplexity"] == math.exp(evaluated[8]["eval_loss"])
+    # Looking changes nothing.
+    assert train(settings("unseen", max_eval_examples=2)).losses == result.losses
+
+
+def test_the_losses_are_drawn(settings, tmp_path, pictures):
+    pytest.importorskip("matplotlib")
+    pictures.undo()
+    train(settings(eval_steps=4))
+    picture = (tmp_path / "out" / PICTURE_FILE).read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 20_000
+
+
+def test_lines_now_and_then_without_a_terminal(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr("peftfast.cli.progress.time.monotonic", lambda: clock[0])
+    state, control = TrainerState(max_steps=1000), TrainerControl()
+    bar = ProgressBar(Console(width=120))
+    bar.on_train_begin(None, state, control)
+    for step in range(1, 1001):
+        clock[0], state.global_step = 2.0 * step, step
+        bar.on_step_end(None, state, control)
+        bar.on_log(None, state, control, logs={"loss": 1.25, "tokens_per_second": 3456.0})
+    bar.on_train_end(None, state, control)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == LINES
+    assert lines[0] == "step 50 of 1,000, loss 1.250, 3,456 tokens/s, 31:40 left"
