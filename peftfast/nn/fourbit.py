@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ class Linear4bit(nn.Linear):
             self.bias = nn.Parameter(
                 torch.empty(out_features, dtype=dtype, device=device), requires_grad=False
             )
-        self._quantized: FourBitWeight | None = None  # its `packed` is `weight`
+        self._quantized: FourBitWeight | None = None  # but for its bytes, which are `weight`
 
     @classmethod
     def from_linear(
@@ -135,12 +136,9 @@ class Linear4bit(nn.Linear):
         Raises:
             RuntimeError: the layer is empty.
         """
-        quantized, weight = self._quantized, self.weight
-        if quantized is None:
+        if self._quantized is None:
             raise RuntimeError("The Linear4bit has no weight yet: fill it by load_state_dict or set_weight.")
-        if quantized.packed is not weight:
-            quantized = self._quantized = replace(quantized, packed=weight)
-        return quantized
+        return replace(self._quantized, packed=self.weight)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight, [out_features, in_features], in `dtype`; None: that which it had before it was quantized."""
@@ -188,7 +186,7 @@ class Linear4bit(nn.Linear):
         """Makes `quantized`, of this layer's shape, the weight: shared and not copied, in a new parameter."""
         packed = quantized.packed.detach().reshape(-1).view(torch.uint8).unsqueeze(1)
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self._quantized = replace(quantized, packed=self.weight)
+        self._quantized = without_bytes(quantized)
         self.quant_type, self.blocksize = quantized.quant_type, quantized.blocksize
         self.nested = quantized.nested is not None
 
@@ -202,13 +200,13 @@ class Linear4bit(nn.Linear):
         if self._quantized is not None:
             device = self.weight.device
             on_meta = device.type == "meta"  # which holds no values: empty again
-            self._quantized = None if on_meta else replace(self._quantized, packed=self.weight).to(device)
+            self._quantized = None if on_meta else self._quantized.to(device)
         return self
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._quantized is not None:
-            for entry, value in pack_state(self.quantized_weight).items():
+            for entry, value in pack_state(self._quantized).items():
                 destination[f"{prefix}weight{entry}"] = value
 
     def _load_from_state_dict(
@@ -226,11 +224,16 @@ class Linear4bit(nn.Linear):
             if key == name or key.startswith(f"{name}.")
         }
         others = {key: value for key, value in state_dict.items() if key.removeprefix(name) not in state}
-        quantized = unpack_state(state, (self.out_features, self.in_features), name) if state else None
+        is_own = is_own_weight(state, self.weight)
+        quantized = None
+        if state and not is_own:
+            quantized = unpack_state(state, (self.out_features, self.in_features), name)
         errors = len(error_msgs)
         super()._load_from_state_dict(
             others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if strict and is_own:
+            missing_keys.remove(name)
         if quantized is None or len(error_msgs) > errors:
             return
         if strict:
@@ -241,6 +244,14 @@ class Linear4bit(nn.Linear):
             if not self.weight.is_meta:
                 quantized = quantized.to(self.weight.device)
         self.assign(quantized)
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """See `entry_names`."""
+        return {"weight": "_entry_names"}
+
+    @property
+    def _entry_names(self) -> SimpleNamespace:
+        return entry_names(("weight",))
 
     def extra_repr(self) -> str:
         return (
@@ -288,6 +299,11 @@ def quantize_linears(
         for name in names:
             module.set_submodule(name, quantized)
     return module
+
+
+def without_bytes(quantized: FourBitWeight) -> FourBitWeight:
+    """What a module keeps of a weight beside its parameter, which FSDP shards and frees: nothing else holds the bytes."""
+    return replace(quantized, packed=quantized.packed.new_empty(0))
 
 
 # ---- a 4-bit weight in a checkpoint -------------------------------------------------------------------------
@@ -374,6 +390,27 @@ def unpack_state(state: Mapping[str, Tensor], shape: tuple[int, int], name: str 
     except TypeError as error:
         raise ValueError(str(error)) from None
     return quantized
+
+
+def is_own_weight(state: Mapping[str, Tensor], weight: Tensor) -> bool:
+    """Whether a state_dict brings back the parameter itself: torch.distributed.checkpoint does so with all that it does
+    not load, by parameters, of which the entries beside a packed weight are none."""
+    return list(state) == [""] and state[""] is weight
+
+
+def entry_names(parameters: Iterable[str]) -> SimpleNamespace:
+    """The entries of 4-bit weights as attributes of attributes.
+
+    torch.distributed.checkpoint.state_dict looks up each name of a state_dict by attributes, and asks a module's
+    `_fqn_modifiers()` by which attribute of it to look up a parameter instead.
+    """
+    names = SimpleNamespace()
+    for parameter in parameters:
+        for entry in ENTRIES:
+            place = names
+            for part in f"{parameter}{entry}".split("."):
+                place = vars(place).setdefault(part, SimpleNamespace())
+    return names
 
 
 def _read_facts(written: Tensor, name: str) -> dict:
