@@ -94,7 +94,7 @@ def adapt(base, config):
     model = get_peft_model(base, copy.deepcopy(config))
     torch.manual_seed(1)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.normal_(std=0.1)
     return model

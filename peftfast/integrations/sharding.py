@@ -28,7 +28,7 @@ def as_gathered(model: nn.Module) -> Iterator[None]:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP shards the module's own parameters, which it frees when the forward is over that it gathered them for."""
+    """Whether FSDP shards the module's own parameters, which it frees after the forward that it gathered them for."""
     return getattr(module, "_is_fsdp_managed_module", False)
 
 
@@ -40,8 +40,8 @@ def _sharded(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
 
 
 def _is_gathered_whole(parameter: Tensor | None) -> bool:
-    """What FSDP alone shards: copies on groups of processes, each of which it is sharded over. Behind tensor parallelism
-    it stays a DTensor also when gathered."""
+    """What FSDP alone shards: over groups of processes, of which each has a copy. What tensor parallelism shards too stays
+    a DTensor when FSDP gathers it."""
     placements = getattr(parameter, "placements", None)
     if placements is None:
         return False

@@ -302,7 +302,7 @@ def quantize_linears(
 
 
 def without_bytes(quantized: FourBitWeight) -> FourBitWeight:
-    """What a module keeps of a weight beside its parameter, which FSDP shards and frees: nothing else holds the bytes."""
+    """What a module keeps of a weight beside its parameter. That alone holds the bytes: FSDP shards and frees it."""
     return replace(quantized, packed=quantized.packed.new_empty(0))
 
 

@@ -416,8 +416,8 @@ class MixtureLoraModel(LoraModel):
                 )
             if any(map(is_parallel, blocks[name].modules())):
                 raise ValueError(
-                    f"{name} is spread over processes by tensor parallelism, where a mixture of LoRAs cannot run. FSDP, "
-                    "after get_peft_model, shards such a model."
+                    f"{name} is spread over processes by tensor parallelism, where a mixture of LoRAs cannot run: load "
+                    "the model whole, and shard it by FSDP after get_peft_model."
                 )
             if not computes_its_layout(blocks[name], layout):
                 raise ValueError(
