@@ -16,7 +16,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -34,6 +36,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.distributed import DistributedConfig
 
 import peftfast
 from peftfast import ExpertLoraConfig, FourBitConfig, MixtureLoraConfig
@@ -81,13 +84,16 @@ def write_models(folder):
         model.save_pretrained(folder / name)
 
 
-def load(case, folder, **options):
+def load(case, folder):
     """The model of a case with random adapters, which are the same in every process."""
     name, quantization, config = CASES[case]
-    base = AutoModelForCausalLM.from_pretrained(
+    return adapt(base_of(name, folder, quantization), config)
+
+
+def base_of(name, folder, quantization=None, **options):
+    return AutoModelForCausalLM.from_pretrained(
         folder / name, dtype=torch.float32, quantization_config=copy.deepcopy(quantization), **options
     )
-    return adapt(base, config)
 
 
 def adapt(base, config):
@@ -237,7 +243,107 @@ def load_checkpoint(model, optimizer, path):
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=TRAINED)
 
 
-SCENARIOS = {"ddp": ddp, "fsdp": fsdp}
+def accelerate(folder, rank):
+    """transformers' Trainer with accelerate's plugin of FSDP2.
+
+    accelerate heeds it where processes have GPUs; told that they have, it does on CPUs what it does there.
+    """
+    state = PartialState()
+    before, state.distributed_type = state.distributed_type, DistributedType.MULTI_GPU
+    try:
+        return {case: train_by_plugin(case, folder) for case in WITH_PLUGIN}
+    finally:
+        state.distributed_type = before
+
+
+WITH_PLUGIN = ["dense", "fourbit", "experts"]
+PLUGIN = {
+    "fsdp": True,
+    "fsdp_config": {
+        "version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT",
+    },
+}  # fmt: skip
+
+
+def train_by_plugin(case, folder):
+    AcceleratorState._reset_state()  # of the scenario before
+    output = folder / f"plugin-{case}"
+    with peftfast.enabled():
+        trainer = trainer_for(
+            load(case, folder),
+            folder,
+            PROCESSES,
+            output_dir=str(output),
+            save_strategy="steps",
+            save_steps=2,
+            **PLUGIN,
+        )
+        trainer.train()
+        trainer.save_model(output)
+        result = {
+            "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+            "slow": slow_layers(trainer.model),
+            "sharded": [
+                name for name, value in trainer.model.named_parameters() if isinstance(value, DTensor)
+            ],
+        }
+        again = trainer_for(wiped(case, folder), folder, PROCESSES, output_dir=str(output), **PLUGIN)
+        again.train(resume_from_checkpoint=str(output / "checkpoint-2"))
+        again.save_model(folder / f"plugin-{case}-resumed")
+    return result
+
+
+def parallel(folder, rank):
+    """transformers' tensor and expert parallelism, which shard a model while it loads."""
+    tensor = dict(distributed_config=DistributedConfig(tp_size=PROCESSES))
+    expert = dict(distributed_config=DistributedConfig(fsdp_size=PROCESSES, ep_size=PROCESSES))
+    attention, found = LoraConfig(target_modules=ATTENTION), {}
+    ids = samples()[:BATCH].view(PROCESSES, BATCH // PROCESSES, -1)[rank]
+
+    model = adapt(base_of("llama", folder, **tensor), attention)
+    stock = model(input_ids=samples()[:BATCH]).logits
+    with peftfast.enabled():
+        ours = model(input_ids=samples()[:BATCH]).logits
+        found["tensor"] = {"stock": stock.detach(), "ours": ours.detach(), "slow": slow_layers(model)}
+
+    model = adapt(base_of("olmoe", folder, experts_implementation="peftfast", **expert), attention)
+    with peftfast.enabled():
+        logits = model(input_ids=ids).logits
+        logits.square().mean().backward()
+        found["expert"] = {
+            "logits": logits.detach(),
+            "gradients": {
+                name: value.grad for name, value in model.named_parameters() if value.requires_grad
+            },
+            "slow": slow_layers(model),
+            "experts": model.get_base_model().model.layers[0].mlp.experts.num_experts,
+        }
+
+    mixture = MixtureLoraConfig(num_experts=3)
+    found["refused"] = [
+        refusal(lambda: base_of("llama", folder, FourBitConfig(), **tensor)),
+        refusal(lambda: base_of("olmoe", folder, FourBitConfig(), **expert)),
+        refusal(lambda: adapt(base_of("olmoe", folder, **expert), ExpertLoraConfig())),
+        refusal(lambda: adapt(base_of("llama", folder, **tensor), mixture)),
+        refusal(
+            lambda: strict_forward(adapt(base_of("olmoe", folder, **expert), CASES["parameters"][2]), ids)
+        ),
+    ]
+    return found
+
+
+def strict_forward(model, ids):
+    with peftfast.enabled(strict=True):
+        model(input_ids=ids)
+
+
+def refusal(attempt):
+    with pytest.raises((ValueError, peftfast.FallbackError)) as caught:
+        attempt()
+    return str(caught.value)
+
+
+SCENARIOS = {"ddp": ddp, "fsdp": fsdp, "accelerate": accelerate, "parallel": parallel}
 
 
 def main(folder):
@@ -344,6 +450,55 @@ def test_fully_sharded(two_processes, one_process, folder, case):
     load_checkpoint(model, optimizer, folder / f"{case}-of-two")
     train_by_hand(model, optimizer, range(2, STEPS))
     assert_same_adapter(adapter_of(model), alone["adapter"])
+
+
+@pytest.mark.parametrize("case", WITH_PLUGIN)
+def test_fully_sharded_by_trainer(two_processes, folder, case):
+    alone = train_by_trainer(case, folder, 1)
+    for results in two_processes["accelerate"]:
+        found = results[case]
+        assert found["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+        (loss,) = found["slow"]
+        assert loss[0].startswith("loss.")
+        assert len(found["sharded"]) > 0
+    for saved in (f"plugin-{case}", f"plugin-{case}-resumed"):
+        assert_same_adapter(load_file(folder / saved / "adapter_model.safetensors"), alone["adapter"])
+
+
+def test_tensor_parallel(two_processes):
+    for results in two_processes["parallel"]:
+        found = results["tensor"]
+        assert torch.equal(found["ours"], found["stock"])
+        layers = [reason for kind, reason in found["slow"] if not kind.startswith("loss.")]
+        assert layers == ["its base weight is a DTensor"] * 4
+
+
+def test_expert_parallel(two_processes, folder):
+    """Frozen experts of each process, and LoRA on the attention beside them."""
+    model = adapt(base_of("olmoe", folder), LoraConfig(target_modules=ATTENTION))
+    batches = samples()[:BATCH].view(PROCESSES, BATCH // PROCESSES, -1)
+    for rank, results in enumerate(two_processes["parallel"]):
+        found, logits = results["expert"], model(input_ids=batches[rank]).logits
+        assert [kind.partition(".")[0] for kind, _ in found["slow"]] == ["loss"]
+        assert found["experts"] == MODELS["olmoe"].num_experts // PROCESSES
+        torch.testing.assert_close(found["logits"], logits, rtol=1e-4, atol=1e-5)
+        model.zero_grad()
+        logits.square().mean().backward()
+        gradients = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
+        assert found["gradients"].keys() == gradients.keys()
+        print(
+            rank, {n: (found["gradients"][n] - gradients[n]).norm() / gradients[n].norm() for n in gradients}
+        )
+
+
+def test_what_is_spread_otherwise_is_refused(two_processes):
+    for results in two_processes["parallel"]:
+        fourbit, fourbit_experts, experts, mixture, parameters = results["refused"]
+        assert "distributed_config (tp_size=2)" in fourbit
+        assert "distributed_config (ep_size=2, fsdp_size=2)" in fourbit_experts
+        assert experts.startswith("model.layers.0.mlp.experts is spread over processes")
+        assert mixture.startswith("model.layers.0.mlp is spread over processes")
+        assert parameters.endswith("spread over processes by tensor or expert parallelism.")
 
 
 if __name__ == "__main__":

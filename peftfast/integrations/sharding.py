@@ -40,8 +40,8 @@ def _sharded(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
 
 
 def _is_gathered_whole(parameter: Tensor | None) -> bool:
-    """What FSDP alone shards: over groups of processes, of which each has a copy. What tensor parallelism shards too stays
-    a DTensor when FSDP gathers it."""
+    """What FSDP alone shards, over groups of processes that each have a copy. What tensor parallelism shards too is
+    still a DTensor when FSDP has gathered it."""
     placements = getattr(parameter, "placements", None)
     if placements is None:
         return False

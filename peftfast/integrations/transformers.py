@@ -287,8 +287,8 @@ def _refuse_partial_loading(model) -> None:
     spread = [f"{name}={size}" for name, size in sizes.items() if size > 1]
     if spread:
         raise ValueError(
-            f"A 4-bit model cannot be loaded with distributed_config ({', '.join(spread)}), by which each process loads a "
-            "part of it: load it whole, and shard it by FSDP afterwards."
+            f"A 4-bit model cannot be loaded with distributed_config ({', '.join(spread)}), by which each process "
+            "loads a part of it: load it whole, and shard it by FSDP afterwards."
         )
     if is_fsdp_enabled():
         raise ValueError(

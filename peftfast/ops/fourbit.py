@@ -243,8 +243,8 @@ def parts_of(weight: FourBitWeight) -> tuple:
     packed, nested, quant_type = weight.packed, weight.nested, QUANT_TYPES.index(weight.quant_type)
     if hasattr(packed, "device_mesh"):
         raise RuntimeError(
-            "Only a shard of a 4-bit weight is here (a DTensor): FSDP gathers it where the module runs that was given to "
-            "fully_shard."
+            "Only a shard of a 4-bit weight is here (a DTensor): FSDP gathers it where the module runs that was given "
+            "to fully_shard."
         )
     if packed.dtype != torch.uint8:
         packed = packed.reshape(-1).view(torch.uint8)

@@ -442,8 +442,8 @@ def _resolve(model: nn.Module, config: ExpertLoraConfig) -> dict[str, tuple[list
             raise ValueError(f"experts of {layer}: they are in a {type(around).__name__} of PEFT already.")
         if experts.is_parallel(base):
             raise ValueError(
-                f"{layer} is spread over processes by tensor or expert parallelism, where adapters on experts cannot run: "
-                "load the model whole, and shard it by FSDP after get_peft_model."
+                f"{layer} is spread over processes by tensor or expert parallelism, where adapters on experts cannot "
+                "run: load the model whole, and shard it by FSDP after get_peft_model."
             )
         if indices[-1] >= base.num_experts:
             raise ValueError(
