@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from accelerate.state import AcceleratorState, DistributedType, PartialState
+from accelerate.state import DistributedType, PartialState
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import (
@@ -146,7 +146,12 @@ def trainer_for(model, folder, processes, **options):
         report_to="none", use_cpu=True, disable_tqdm=True, seed=0, logging_nan_inf_filter=False,
     )  # fmt: skip
     rows = [{"input_ids": sample, "labels": sample} for sample in samples()]
-    return Trainer(model=model, args=TrainingArguments(**arguments | options), train_dataset=rows)
+    settings = TrainingArguments(**arguments | options)
+    if (
+        settings.fsdp
+    ):  # accelerate heeds it on GPUs alone; told that these are such, it does what it does there
+        PartialState().distributed_type = DistributedType.MULTI_GPU
+    return Trainer(model=model, args=settings, train_dataset=rows)
 
 
 def optimizer_for(model):
@@ -244,16 +249,8 @@ def load_checkpoint(model, optimizer, path):
 
 
 def accelerate(folder, rank):
-    """transformers' Trainer with accelerate's plugin of FSDP2.
-
-    accelerate heeds it where processes have GPUs; told that they have, it does on CPUs what it does there.
-    """
-    state = PartialState()
-    before, state.distributed_type = state.distributed_type, DistributedType.MULTI_GPU
-    try:
-        return {case: train_by_plugin(case, folder) for case in WITH_PLUGIN}
-    finally:
-        state.distributed_type = before
+    """transformers' Trainer with accelerate's plugin of FSDP2."""
+    return {case: train_by_plugin(case, folder) for case in WITH_PLUGIN}
 
 
 WITH_PLUGIN = ["dense", "fourbit", "experts"]
@@ -266,7 +263,6 @@ PLUGIN = {
 
 
 def train_by_plugin(case, folder):
-    AcceleratorState._reset_state()  # of the scenario before
     output = folder / f"plugin-{case}"
     with peftfast.enabled():
         trainer = trainer_for(

@@ -21,6 +21,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 from peftfast.integrations import forwards
 from peftfast.nn.fourbit import (
     ENTRIES,
+    SHARDED,
+    copy_shard,
     entry_names,
     is_own_weight,
     pack_state,
@@ -199,7 +201,10 @@ class FourBitExperts(nn.Module):
 
     def fourbit_weight(self, name: str) -> FourBitWeight:
         """The weight as the operators take it, for every call anew: parameters are replaced at any time."""
-        return replace(self.fourbit_weights[name], packed=getattr(self, name))
+        quantized, packed = self.fourbit_weights[name], getattr(self, name)
+        if quantized.absmax.device != packed.device:  # FSDP moves parameters alone
+            quantized = self.fourbit_weights[name] = quantized.to(packed.device)
+        return replace(quantized, packed=packed)
 
     def set_fourbit_weight(self, name: str, quantized: FourBitWeight) -> None:
         packed = quantized.packed.detach().reshape(-1).view(torch.uint8).unsqueeze(1)
@@ -243,7 +248,19 @@ class FourBitExperts(nn.Module):
             if prefix + name in missing_keys:
                 missing_keys.remove(prefix + name)
         for name, quantized in loaded.items():
-            self.set_fourbit_weight(name, deepcopy(quantized).to(getattr(self, name).device))
+            if getattr(self, SHARDED, False):  # the parameter has to stay: FSDP holds it
+                copy_shard(getattr(self, name), quantized.packed)
+                self.fourbit_weights[name] = without_bytes(quantized)
+            else:
+                self.set_fourbit_weight(name, deepcopy(quantized).to(getattr(self, name).device))
+
+    def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True):
+        """With the entries beside weights that FSDP shards: torch.distributed.checkpoint then loads them too."""
+        yield from super().named_buffers(prefix, recurse, remove_duplicate)
+        if getattr(self, SHARDED, False):
+            for name, quantized in self.fourbit_weights.items():
+                for entry, value in pack_state(quantized).items():
+                    yield f"{prefix}{'.' if prefix else ''}{name}{entry}", value
 
     def _fqn_modifiers(self) -> dict[str, str]:
         """See `entry_names`."""

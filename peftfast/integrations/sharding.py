@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from peftfast.nn.fourbit import SHARDED
+
 
 @contextlib.contextmanager
 def as_gathered(model: nn.Module) -> Iterator[None]:
@@ -29,7 +31,7 @@ def as_gathered(model: nn.Module) -> Iterator[None]:
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether FSDP shards the module's own parameters, which it frees after the forward that it gathered them for."""
-    return getattr(module, "_is_fsdp_managed_module", False)
+    return getattr(module, SHARDED, False)
 
 
 def _sharded(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:

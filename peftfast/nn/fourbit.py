@@ -17,6 +17,7 @@ from peftfast.ops.fourbit import check_weight
 from peftfast.ops.lora import DTYPES, name_of
 from peftfast.reference import FOURBIT_BLOCKSIZES, FOURBIT_CODEBOOKS
 
+SHARDED = "_is_fsdp_managed_module"  # set by torch.distributed.fsdp.fully_shard on modules whose parameters it shards
 QUANT_STATE = ".quant_state.bitsandbytes__"  # followed by the quant type
 # What follows a weight's name in a checkpoint; nothing: the packed weight itself.
 PLAIN_ENTRIES = ("", ".absmax", ".quant_map")
@@ -138,6 +139,8 @@ class Linear4bit(nn.Linear):
         """
         if self._quantized is None:
             raise RuntimeError("The Linear4bit has no weight yet: fill it by load_state_dict or set_weight.")
+        if self._quantized.absmax.device != self.weight.device:  # FSDP moves parameters alone
+            self._quantized = self._quantized.to(self.weight.device)
         return replace(self._quantized, packed=self.weight)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -239,11 +242,22 @@ class Linear4bit(nn.Linear):
         if strict:
             missing_keys.remove(name)
             unexpected_keys += [name + entry for entry in state if entry not in ENTRIES]
+        if getattr(self, SHARDED, False):  # the parameter has to stay: FSDP holds it
+            copy_shard(self.weight, quantized.packed)
+            self._quantized = without_bytes(quantized)
+            return
         if not local_metadata.get("assign_to_params_buffers", False):
             quantized = copy.deepcopy(quantized)
             if not self.weight.is_meta:
                 quantized = quantized.to(self.weight.device)
         self.assign(quantized)
+
+    def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True):
+        """With the entries beside a weight that FSDP shards: torch.distributed.checkpoint then loads them too."""
+        yield from super().named_buffers(prefix, recurse, remove_duplicate)
+        if getattr(self, SHARDED, False) and self._quantized is not None:
+            for entry, value in pack_state(self._quantized).items():
+                yield f"{prefix}{'.' if prefix else ''}weight{entry}", value
 
     def _fqn_modifiers(self) -> dict[str, str]:
         """See `entry_names`."""
@@ -390,6 +404,13 @@ def unpack_state(state: Mapping[str, Tensor], shape: tuple[int, int], name: str 
     except TypeError as error:
         raise ValueError(str(error)) from None
     return quantized
+
+
+@torch.no_grad()
+def copy_shard(weight: Tensor, packed: Tensor) -> None:
+    """Loads the bytes of a sharded weight, which may be the weight itself."""
+    if packed is not weight:
+        weight.copy_(packed)
 
 
 def is_own_weight(state: Mapping[str, Tensor], weight: Tensor) -> bool:
