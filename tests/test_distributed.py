@@ -6,6 +6,7 @@ writes what came of each, or its traceback. The tests then compare that with the
 
 import copy
 import datetime
+import json
 import os
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     OlmoeConfig,
     Trainer,
     TrainingArguments,
@@ -40,6 +42,8 @@ from transformers.distributed import DistributedConfig
 
 import peftfast
 from peftfast import ExpertLoraConfig, FourBitConfig, MixtureLoraConfig
+from peftfast.cli.train import RESULT_FILE
+from peftfast.demo.pretrain import build_tokenizer
 
 PROCESSES, STEPS, BATCH = 2, 3, 4  # the batch is that of all processes together
 VOCABULARY = 64
@@ -495,6 +499,63 @@ def test_what_is_spread_otherwise_is_refused(two_processes):
         assert experts.startswith("model.layers.0.mlp.experts is spread over processes")
         assert mixture.startswith("model.layers.0.mlp is spread over processes")
         assert parameters.endswith("spread over processes by tensor or expert parallelism.")
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """`peftfast train` by one process and by two with half of its batch each."""
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **SIZES | dict(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=None)
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    lines = ({"prompt": f"{i:02d}=", "completion": "abcdefgh"[i % 8] * 3} for i in range(20))
+    (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = [
+        "--model", folder / "model", "--data", folder / "data.jsonl", "--method", "qlora", "--eval-share", "0.2",
+        "--epochs", "2", "--dtype", "fp32",
+    ]  # fmt: skip
+    module, options = ["-m", "peftfast", "train"], list(map(str, options))
+    alone = subprocess.run(
+        [sys.executable, *module, *options, "--micro-batch-size", "4", "--out", str(folder / "alone")],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert alone.returncode == 0, alone.stderr
+    both = torchrun(*module, *options, "--micro-batch-size", "2", "--out", folder / "both")
+    assert both.returncode == 0, both.stderr[-8000:]
+    return both
+
+
+def test_train_command_on_two_processes(trained, folder):
+    alone, both = (json.loads((folder / name / RESULT_FILE).read_text()) for name in ("alone", "both"))
+    assert both["steps"] == alone["steps"] == 8 and both["tokens"] == alone["tokens"]
+    for evaluation in ("before", "after"):
+        assert both[evaluation] == pytest.approx(alone[evaluation], rel=1e-4)
+    assert dict(both["losses"]) == pytest.approx(dict(alone["losses"]), rel=1e-4)
+    adapters = (load_file(folder / name / "adapter_model.safetensors") for name in ("both", "alone"))
+    assert_same_adapter(*adapters)
+    assert not list(folder.glob(".both*")), "a temporary folder was left"
+
+
+def test_one_process_prints(trained, folder):
+    assert trained.stdout.count("held-out") == 1 and trained.stdout.count("Adapter:") == 1
+    again = torchrun(
+        "-m",
+        "peftfast",
+        "train",
+        "--model",
+        folder / "none",
+        "--data",
+        folder / "data.jsonl",
+        "--out",
+        folder / "both",
+    )
+    assert again.returncode != 0 and again.stderr.count("peftfast: ") == 1
+    assert f"--out {folder / 'both'} exists and is not empty" in again.stderr
 
 
 if __name__ == "__main__":

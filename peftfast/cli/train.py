@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -99,10 +100,12 @@ class TrainResult:
         return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
 
 
-def train(settings: TrainSettings, console: Console | None = None) -> TrainResult:
+def train(settings: TrainSettings, console: Console | None = None) -> TrainResult | None:
     """Fine-tune as told and write adapter, tokenizer and record to `settings.out`.
 
-    Nothing is written until everything is there: the folder appears complete or not at all.
+    Nothing is written until everything is there: the folder appears complete or not at all. Of several processes
+    (torchrun, accelerate launch) each trains on its share of a batch, and the first alone evaluates, writes and prints;
+    the others return None.
 
     Raises:
         UserError: the model or the data cannot be used, the output would overwrite something, or training
@@ -119,8 +122,14 @@ def train(settings: TrainSettings, console: Console | None = None) -> TrainResul
     local = is_local_model(settings.model)
 
     import huggingface_hub
+    import torch
     import transformers
+    from accelerate import PartialState
 
+    # While the first process evaluates, the others wait.
+    processes = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=12))
+    if not processes.is_main_process:
+        console = Console(quiet=True)
     huggingface_hub.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -153,9 +162,10 @@ def _examples(settings: TrainSettings, tokenizer, records, held_out_records) -> 
 
 def _fine_tune(
     settings: TrainSettings, console: Console, model, tokenizer, examples, held_out
-) -> TrainResult:
+) -> TrainResult | None:
     import torch
     import transformers
+    from accelerate import PartialState
 
     transformers.set_seed(settings.seed)
     with contextlib.ExitStack() as stack:
@@ -174,16 +184,20 @@ def _fine_tune(
                 highlight=False,
             )
         model = adapted.model
-        folder = stack.enter_context(_folder_written_at_once(settings))
+        processes = PartialState()
+        is_first = processes.is_main_process
+        output = _folder_written_at_once(settings) if is_first else tempfile.TemporaryDirectory()
+        folder = Path(stack.enter_context(output))
         memory = _optimizer_memory()
         trainer = _build_trainer(settings, model, tokenizer, examples, str(folder), console)
         trainer.add_callback(memory)
         with methods.before_training(model):
-            before, _ = _evaluate(trainer, tokenizer, held_out, console)
+            before, _ = _evaluate(trainer, tokenizer, held_out, console) if is_first else (None, [])
         _reset_peak_memory()
         started = time.perf_counter()
         # Where the model's loss is already that of an optimizer step, each of its parts adds the balancing loss whole.
-        accumulation = settings.gradient_accumulation_steps if trainer.model_accepts_loss_kwargs else 1
+        parts = settings.gradient_accumulation_steps * processes.num_processes
+        accumulation = parts if trainer.model_accepts_loss_kwargs else 1
         with recorded(model) as load, balanced(adapted, accumulation):
             try:
                 trainer.train()
@@ -198,6 +212,11 @@ def _fine_tune(
         losses = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
         if not all(math.isfinite(loss) for _, loss in losses):
             raise _diverged(settings, "the loss is not finite")
+        if load is not None:
+            for counts in load.tokens.values():
+                counts.copy_(trainer.accelerator.reduce(counts.to(trainer.accelerator.device)))
+        if not is_first:
+            return None
         after, answers = _evaluate(trainer, tokenizer, held_out, console)
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         trainable, held = sum(weight.numel() for weight in trained), methods.base_size(model)[0]
@@ -298,12 +317,14 @@ def _batches(settings: TrainSettings, tokenizer, examples: list[data.Example]) -
 
 def _build_trainer(settings: TrainSettings, model, tokenizer, examples, folder: str, console: Console):
     import torch
+    from accelerate import PartialState
     from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
 
     steps = settings.max_steps or math.ceil(
         settings.epochs
         * math.ceil(
-            math.ceil(len(examples) / settings.micro_batch_size) / settings.gradient_accumulation_steps
+            math.ceil(len(examples) / (settings.micro_batch_size * PartialState().num_processes))
+            / settings.gradient_accumulation_steps
         )
     )
     autocast = settings.method == "full" and settings.dtype == "bf16"
@@ -316,7 +337,7 @@ def _build_trainer(settings: TrainSettings, model, tokenizer, examples, folder: 
         max_steps=settings.max_steps or -1,
         learning_rate=settings.learning_rates[0],
         bf16=autocast,
-        use_cpu=autocast and not torch.accelerator.is_available(),
+        use_cpu=not torch.accelerator.is_available(),
         warmup_steps=math.ceil(0.03 * steps),
         logging_steps=max(1, steps // 50),
         logging_nan_inf_filter=False,
@@ -430,11 +451,17 @@ def _evaluate(trainer, tokenizer, held_out: list[data.Example], console: Console
     if not held_out:
         return None, []
     import torch
+    from torch.utils.data import DataLoader
 
     model = trainer.model.eval()
     total, count = 0.0, 0
     with console.status("Evaluating"), torch.no_grad():
-        for batch in trainer.get_eval_dataloader(_as_rows(held_out)):
+        # Not the Trainer's loader, which would hand out a process's share.
+        loader = DataLoader(
+            _as_rows(held_out), trainer.args.eval_batch_size, collate_fn=trainer.data_collator
+        )
+        for batch in loader:
+            batch = batch.to(model.device)
             learned = int((batch["labels"][:, 1:] != data.IGNORED).sum())
             total += model(**batch, use_cache=False).loss.item() * learned
             count += learned
@@ -584,7 +611,8 @@ def command(**options) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     console = Console()
     result = train(TrainSettings(**options), console)
-    show(result, console)
+    if result is not None:
+        show(result, console)
 
 
 # One list of settings: the command's options are the fields above.
