@@ -22,6 +22,7 @@ from peftfast.integrations import forwards
 from peftfast.nn.fourbit import (
     ENTRIES,
     SHARDED,
+    beside,
     copy_shard,
     entry_names,
     is_own_weight,
@@ -201,10 +202,9 @@ class FourBitExperts(nn.Module):
 
     def fourbit_weight(self, name: str) -> FourBitWeight:
         """The weight as the operators take it, for every call anew: parameters are replaced at any time."""
-        quantized, packed = self.fourbit_weights[name], getattr(self, name)
-        if quantized.absmax.device != packed.device:  # FSDP moves parameters alone
-            quantized = self.fourbit_weights[name] = quantized.to(packed.device)
-        return replace(quantized, packed=packed)
+        packed = getattr(self, name)
+        self.fourbit_weights[name] = beside(self.fourbit_weights[name], packed)
+        return replace(self.fourbit_weights[name], packed=packed)
 
     def set_fourbit_weight(self, name: str, quantized: FourBitWeight) -> None:
         packed = quantized.packed.detach().reshape(-1).view(torch.uint8).unsqueeze(1)

@@ -139,8 +139,7 @@ class Linear4bit(nn.Linear):
         """
         if self._quantized is None:
             raise RuntimeError("The Linear4bit has no weight yet: fill it by load_state_dict or set_weight.")
-        if self._quantized.absmax.device != self.weight.device:  # FSDP moves parameters alone
-            self._quantized = self._quantized.to(self.weight.device)
+        self._quantized = beside(self._quantized, self.weight)
         return replace(self._quantized, packed=self.weight)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -318,6 +317,12 @@ def quantize_linears(
 def without_bytes(quantized: FourBitWeight) -> FourBitWeight:
     """What a module keeps of a weight beside its parameter. That alone holds the bytes: FSDP shards and frees it."""
     return replace(quantized, packed=quantized.packed.new_empty(0))
+
+
+def beside(quantized: FourBitWeight, weight: Tensor) -> FourBitWeight:
+    """`quantized` on the device of its bytes, should they have been moved alone, as FSDP does."""
+    elsewhere = quantized.absmax.device != weight.device and not quantized.absmax.is_meta
+    return quantized.to(weight.device) if elsewhere else quantized
 
 
 # ---- a 4-bit weight in a checkpoint -------------------------------------------------------------------------
