@@ -218,7 +218,7 @@ peak_of(small, quantization_config=peftfast.FourBitConfig())
 peak, model = peak_of(large, quantization_config=peftfast.FourBitConfig())
 kept = sum(m.quantized_weight.nbytes for m in model.modules() if isinstance(m, peftfast.nn.Linear4bit))
 for m in model.modules():
-    kept += sum(weight.nbytes for weight in getattr(m, "fourbit_weights", {}).values())
+    kept += sum(m.fourbit_weight(name).nbytes for name in getattr(m, "fourbit_weights", ()))
 del model
 print(peak, kept)
 """

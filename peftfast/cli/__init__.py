@@ -1,5 +1,6 @@
 """The `peftfast` command."""
 
+import os
 import signal
 import sys
 
@@ -45,5 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _refuse(sentence: str) -> int:
-    print(f"peftfast: {sentence}", file=sys.stderr)
+    if (
+        os.environ.get("RANK", "0") == "0"
+    ):  # of the processes that torchrun starts, which all refuse alike, one tells
+        print(f"peftfast: {sentence}", file=sys.stderr)
     return 2

@@ -13,6 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -115,10 +116,12 @@ class TrainResult:
         return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
 
 
-def train(settings: TrainSettings, console: Console | None = None) -> TrainResult:
+def train(settings: TrainSettings, console: Console | None = None) -> TrainResult | None:
     """Fine-tune as told and write adapter, tokenizer and record to `settings.out`.
 
     Nothing is written until everything is there: the folder appears complete or not at all. Checkpoints are beside it.
+    Of several processes (torchrun, accelerate launch) each trains on its share of a batch, and the first alone
+    evaluates, writes and prints; the others return None.
 
     Raises:
         UserError: the model or the data cannot be used, the output would overwrite something, there is nothing to
@@ -140,8 +143,17 @@ def train(settings: TrainSettings, console: Console | None = None) -> TrainResul
     local = is_local_model(settings.model)
 
     import huggingface_hub
+    import torch
     import transformers
+    from accelerate import PartialState
 
+    # While the first process evaluates, the others wait.
+    processes = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=12))
+    if not processes.is_main_process:
+        console = Console(quiet=True)
+    if processes.num_processes > 1 and (settings.save_steps or settings.resume):
+        at_fault = "--save-steps" if settings.save_steps else "--resume"
+        raise UserError(f"{at_fault} takes a run of one process, not of {processes.num_processes}.")
     huggingface_hub.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -198,8 +210,9 @@ def _fine_tune(
     held_out,
     checkpoints: Checkpoints,
     checkpoint: Checkpoint | None,
-) -> TrainResult:
+) -> TrainResult | None:
     import transformers
+    from accelerate import PartialState
 
     from peftfast.cli.progress import OptimizerMemory, ProgressBar, reset_peak_memory
     from peftfast.cli.trainer import FineTuner, Run
@@ -227,7 +240,9 @@ def _fine_tune(
             stack.enter_context(checkpoints.opened())
             if not checkpoint:
                 checkpoints.forget()
-        folder = stack.enter_context(_folder_written_at_once(settings, checkpoints))
+        is_first = PartialState().is_main_process
+        output = _folder_written_at_once(settings, checkpoints) if is_first else tempfile.TemporaryDirectory()
+        folder = Path(stack.enter_context(output))
         run = Run(told={"settings": jsonable(settings)})
         memory, bar = OptimizerMemory(), ProgressBar(console)
         stack.callback(bar.stop)
@@ -252,7 +267,7 @@ def _fine_tune(
             console.print(f"Going on from step {checkpoint.step}.", highlight=False)
         else:
             with methods.before_training(model):
-                before, _ = _evaluate(trainer, tokenizer, held_out, console)
+                before, _ = _evaluate(trainer, tokenizer, held_out, console) if is_first else (None, [])
         if settings.save_steps:
             run.told["fingerprint"] = fingerprint(settings, examples, held_out)
             run.told["before"] = before and dataclasses.asdict(before)
@@ -260,6 +275,11 @@ def _fine_tune(
         with recorded(model) as run.load:
             trainer.fine_tune(checkpoint)
         load = run.load and run.load.profile()
+        if load is not None:
+            for counts in load.tokens.values():
+                counts.copy_(trainer.accelerator.reduce(counts.to(trainer.accelerator.device)))
+        if not is_first:
+            return None
         after, answers = _evaluate(trainer, tokenizer, held_out, console)
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         trainable, held = sum(weight.numel() for weight in trained), methods.base_size(model)[0]
@@ -573,7 +593,8 @@ def command(context: Context, config: Path | None = None, **options) -> None:
             )
     console = Console()
     result = train(TrainSettings(**told), console)
-    show(result, console)
+    if result is not None:
+        show(result, console)
 
 
 def _signature() -> inspect.Signature:

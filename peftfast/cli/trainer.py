@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from peftfast.cli.checkpoints import Checkpoint, Checkpoints, written
@@ -143,7 +145,8 @@ class FineTuner(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         # Where the model's loss is already that of an optimizer step, each of its parts adds the balancing loss whole.
-        accumulation = self.args.gradient_accumulation_steps if self.model_accepts_loss_kwargs else 1
+        parts = self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        accumulation = parts if self.model_accepts_loss_kwargs else 1
         with balanced(self.adapted, accumulation):
             loss = super().training_step(model, inputs, num_items_in_batch)
         # As Trainer sums it, but here the sum outlives an interruption between two entries of the log.
@@ -176,7 +179,8 @@ class FineTuner(Trainer):
             self._count()
             now = self.state.global_step, int(self.state.num_input_tokens_seen), self.run.seconds
             steps, tokens, seconds = (new - old for new, old in zip(now, self.run.logged, strict=True))
-            logs["loss"] = float(self.run.loss) / steps
+            summed = torch.as_tensor(self.run.loss, dtype=torch.float32, device=self.args.device)
+            logs["loss"] = self.accelerator.gather(summed).mean().item() / steps
             if not math.isfinite(logs["loss"]):
                 raise self._diverged("the loss is not finite")
             logs["tokens_per_second"] = tokens / seconds
@@ -207,8 +211,10 @@ class FineTuner(Trainer):
         """Return the mean cross entropy of the held-out examples, in nats per learned token."""
         model = self.model.eval()
         total, count = 0.0, 0
+        # Not the Trainer's loader, which would hand out a process's share.
+        loader = DataLoader(self.eval_dataset, self.args.eval_batch_size, collate_fn=self.data_collator)
         with torch.no_grad():
-            for batch in self.get_eval_dataloader():
+            for batch in map(self._prepare_inputs, loader):
                 learned = int((batch["labels"][:, 1:] != IGNORED).sum())
                 total += model(**model_inputs(batch), use_cache=False).loss.item() * learned
                 count += learned
@@ -272,7 +278,7 @@ def perplexity(loss: float) -> float:
 
 def training_arguments(settings: TrainSettings, folder: Path, examples: int) -> TrainingArguments:
     """Return Trainer's arguments for a run on so many examples."""
-    batches = math.ceil(examples / settings.micro_batch_size)
+    batches = math.ceil(examples / (settings.micro_batch_size * PartialState().num_processes))
     steps = settings.max_steps or math.ceil(
         settings.epochs * math.ceil(batches / settings.gradient_accumulation_steps)
     )
@@ -293,7 +299,7 @@ def training_arguments(settings: TrainSettings, folder: Path, examples: int) -> 
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         bf16=autocast,
-        use_cpu=autocast and not torch.accelerator.is_available(),
+        use_cpu=not torch.accelerator.is_available(),
         logging_steps=settings.logging_steps or max(1, steps // 50),
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="non_padding",

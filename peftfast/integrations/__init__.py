@@ -17,6 +17,7 @@ from torch import nn
 from peftfast.integrations import forwards
 from peftfast.integrations.after_import import after_import
 from peftfast.integrations.forwards import FallbackError
+from peftfast.integrations.sharding import as_gathered
 from peftfast.ops.lora import name_of
 
 __all__ = ["FallbackError", "LayerReport", "Report", "accelerate", "disable", "enable", "enabled", "report"]
@@ -159,8 +160,15 @@ def report(model: nn.Module) -> Report:
     and which weights are in 4 bits.
 
     A 4-bit layer under an adapter is an entry of its own only where the two do not run as one; a prefix or a prompt is
-    one for its whole model. What only shows with an input (its dtype, say) is known once the layer has run.
+    one for its whole model. What only shows with an input (its dtype, say) is known once the layer has run. What FSDP
+    has sharded is judged as it is when its module runs, which is when it has been gathered.
     """
+    with as_gathered(model):
+        fourbit, dense, eightbit = _weights(model)
+        return Report(_adapted(model), fourbit, dense, _losses(model), eightbit)
+
+
+def _adapted(model: nn.Module) -> list[LayerReport]:
     found, fused_with_adapter = [], set()
     for name, layer, library in _layers(model):
         if layer in fused_with_adapter:
@@ -170,8 +178,7 @@ def report(model: nn.Module) -> Report:
         found.append(LayerReport(name, library.kind_of(layer), reason is None, reason))
         if reason is None and library.NAME == "lora":
             fused_with_adapter.add(layer.base_layer)
-    fourbit, dense, eightbit = _weights(model)
-    return Report(found, fourbit, dense, _losses(model), eightbit)
+    return found
 
 
 def _losses(model: nn.Module) -> list[LayerReport]:

@@ -59,9 +59,9 @@ class Quantized:
     """What peftfast.nn.Linear4bit and Linear8bit have in common."""
 
     def why_not(self, base: nn.Module) -> str | None:
-        bias = base.bias
-        if not (bias is None or is_plain_tensor(bias)):
-            return f"its bias is a {type(bias).__name__}"
+        for name, tensor in (("base weight", base.weight), ("bias", base.bias)):
+            if not (tensor is None or is_plain_tensor(tensor)):
+                return f"its {name} is a {type(tensor).__name__}"
         device = self.device(base)
         if device.type not in KERNEL_DEVICES:
             return f"there is no kernel for {device.type} yet"

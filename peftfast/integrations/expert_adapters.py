@@ -82,6 +82,8 @@ def why_not_call(layer: Wrapper, *args, **kwargs) -> str | None:
 
 def why_not(layer: Wrapper) -> str | None:
     base = layer.get_base_layer()
+    if experts.is_parallel(base):
+        return "its base layer is spread over processes by tensor or expert parallelism"
     reason = experts.why_not(base)
     if reason is not None:
         return reason

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,17 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 
 from peftfast.integrations import forwards
 from peftfast.integrations.bases import is_plain_tensor
-from peftfast.nn.fourbit import ENTRIES, pack_state, unpack_state
+from peftfast.nn.fourbit import (
+    ENTRIES,
+    SHARDED,
+    beside,
+    copy_shard,
+    entry_names,
+    is_own_weight,
+    pack_state,
+    unpack_state,
+    without_bytes,
+)
 from peftfast.nn.moe import Routing
 from peftfast.nn.quantized import QuantizedLayer
 from peftfast.ops import EightBitWeight, FourBitWeight, fourbit_dequantize, fourbit_quantize
@@ -167,11 +178,11 @@ def why_not(experts: nn.Module) -> str | None:
     if not holds_experts(experts):
         return f"a {type(experts).__name__} is not one of transformers' dispatched experts"
     for name in projections(experts):
-        if name in _quantized(experts):
-            continue
         weight = getattr(experts, name, None)
         if not is_plain_tensor(weight):
             return f"its {name} is a {type(weight).__name__}"
+        if name in _quantized(experts):
+            continue
         if weight.requires_grad and torch.is_grad_enabled():
             return f"its {name} is trained too"
         if weight.device.type not in KERNEL_DEVICES:
@@ -179,6 +190,12 @@ def why_not(experts: nn.Module) -> str | None:
         if weight.dtype not in DTYPES or weight.dim() != 3:
             return f"its {name} is {weight.dtype} in {list(weight.shape)}"
     return None
+
+
+def is_parallel(module: nn.Module) -> bool:
+    """Whether transformers spreads the module over processes by tensor or expert parallelism. Its forward then is what
+    brings the parts together, and its parameters are parts while it runs."""
+    return getattr(module, "_is_hooked", False)
 
 
 # ---- experts in 4 bits ------------------------------------------------------------------------------------
@@ -190,7 +207,8 @@ class FourBitExperts(nn.Module):
     A projection's state_dict entries are those of a 4-bit linear layer, with the parameter's name for `weight`.
 
     Attributes:
-        fourbit_weights: the quantized projections, by the name of their parameter.
+        fourbit_weights: the quantized projections, by the name of their parameter; all but their bytes, which the
+            parameter holds.
         compute_dtype: of the products; None: that which the weights had before they were quantized.
     """
 
@@ -202,29 +220,27 @@ class FourBitExperts(nn.Module):
 
     def fourbit_weight(self, name: str) -> FourBitWeight:
         """The weight as the operators take it, for every call anew: parameters are replaced at any time."""
-        quantized, packed = self.fourbit_weights[name], getattr(self, name)
-        if quantized.packed is not packed:
-            quantized = self.fourbit_weights[name] = replace(quantized, packed=packed)
-        return quantized
+        packed = getattr(self, name)
+        self.fourbit_weights[name] = beside(self.fourbit_weights[name], packed)
+        return replace(self.fourbit_weights[name], packed=packed)
 
     def set_fourbit_weight(self, name: str, quantized: FourBitWeight) -> None:
         packed = quantized.packed.detach().reshape(-1).view(torch.uint8).unsqueeze(1)
         setattr(self, name, nn.Parameter(packed, requires_grad=False))
-        self.fourbit_weights[name] = replace(quantized, packed=getattr(self, name))
+        self.fourbit_weights[name] = without_bytes(quantized)
 
     def _apply(self, fn, recurse: bool = True):
         """Where `.to`, `.half` and the like end: what describes a weight moves with it and is never cast."""
         super()._apply(fn, recurse)
         for name, quantized in self.fourbit_weights.items():
-            packed = getattr(self, name)
-            self.fourbit_weights[name] = replace(quantized, packed=packed).to(packed.device)
+            self.fourbit_weights[name] = quantized.to(getattr(self, name).device)
         return self
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in projections(self):  # in this order, whichever was quantized first
             if name in self.fourbit_weights:
-                for entry, value in pack_state(self.fourbit_weight(name)).items():
+                for entry, value in pack_state(self.fourbit_weights[name]).items():
                     destination[f"{prefix}{name}{entry}"] = value
 
     def _load_from_state_dict(
@@ -235,19 +251,42 @@ class FourBitExperts(nn.Module):
         Raises:
             ValueError: the entries of a weight do not fit together or not this layer; the message names the tensor.
         """
-        loaded, others = {}, dict(state_dict)
+        loaded, kept, others = {}, [], dict(state_dict)
         for name, quantized in self.fourbit_weights.items():
             key = prefix + name
             state = {entry: others.pop(key + entry) for entry in ENTRIES if key + entry in others}
-            if state:
+            if is_own_weight(state, getattr(self, name)):
+                kept.append(name)
+            elif state:
                 loaded[name] = unpack_state(state, quantized.shape, key)
         super()._load_from_state_dict(
             others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        for name, quantized in loaded.items():
+        for name in (*loaded, *kept):
             if prefix + name in missing_keys:
                 missing_keys.remove(prefix + name)
-            self.set_fourbit_weight(name, deepcopy(quantized).to(getattr(self, name).device))
+        for name, quantized in loaded.items():
+            if getattr(self, SHARDED, False):  # the parameter has to stay: FSDP holds it
+                copy_shard(getattr(self, name), quantized.packed)
+                self.fourbit_weights[name] = without_bytes(quantized)
+            else:
+                self.set_fourbit_weight(name, deepcopy(quantized).to(getattr(self, name).device))
+
+    def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True):
+        """With the entries beside weights that FSDP shards: torch.distributed.checkpoint then loads them too."""
+        yield from super().named_buffers(prefix, recurse, remove_duplicate)
+        if getattr(self, SHARDED, False):
+            for name, quantized in self.fourbit_weights.items():
+                for entry, value in pack_state(quantized).items():
+                    yield f"{prefix}{'.' if prefix else ''}{name}{entry}", value
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """See `entry_names`."""
+        return dict.fromkeys(self.fourbit_weights, "_entry_names")
+
+    @property
+    def _entry_names(self) -> SimpleNamespace:
+        return entry_names(self.fourbit_weights)
 
     def __reduce_ex__(self, protocol):
         return _restored, (type(self).__mro__[2], self.__dict__)

@@ -30,6 +30,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from peftfast.integrations import forwards, peft
 from peftfast.integrations.bases import KINDS, autocast_dtype, is_plain, is_plain_tensor, why_not_input
 from peftfast.integrations.forwards import last_fallback, stand_in, why_not_reached
+from peftfast.integrations.sharding import is_sharded
 from peftfast.ops import EightBitWeight, FourBitWeight, eightbit, fourbit, lora, loss
 
 NAME = "loss"
@@ -219,6 +220,8 @@ def _why_not_call(model: PreTrainedModel, *args, **kwargs) -> str | None:
     layer = _effective(head)
     if layer is not head and not is_plain(layer, pre_hooks=True):
         return "its output embeddings have parts with hooks or a forward of their own"
+    if any(map(is_sharded, layer.modules())):  # logits may be read later
+        return "its output embeddings are sharded by FSDP, which frees them after the forward"
     if isinstance(layer, LoraLayer):
         return peft.why_not_fused(layer)
     if type(layer) is nn.Linear:

@@ -263,11 +263,11 @@ def _why_not(layer: Linear, names: list[str]) -> str | None:
     kind = KINDS.get(type(base))
     if kind is None:
         return f"its base layer is a {type(base).__name__}, which no operator can take the place of"
-    if not is_plain(base):
-        return "its base layer has hooks or a forward of its own"
     reason = kind.why_not(base)
     if reason is not None:
         return reason
+    if not is_plain(base):
+        return "its base layer has hooks or a forward of its own"
     device = kind.device(base)
     for name in names:
         variant = layer.lora_variant.get(name)

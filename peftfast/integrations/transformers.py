@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.integrations import is_fsdp_enabled
 from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
@@ -170,6 +171,7 @@ class FourBitHfQuantizer(HfQuantizer):
         return (isinstance(module, QuantizedLayer) and name == "weight") or param_name in self.experts
 
     def _process_model_before_weight_loading(self, model, **kwargs) -> None:
+        _refuse_partial_loading(model)
         config = self.quantization_config
         if config.compute_dtype is None:
             config.compute_dtype = model.dtype
@@ -345,6 +347,27 @@ class FourBitHfQuantizer(HfQuantizer):
                 become_dense(module, dtype)
         model.is_loaded_in_4bit = False
         return model
+
+
+def _refuse_partial_loading(model) -> None:
+    """Blocks of a 4-bit weight, and the statistics of them all, are cut from the whole weight.
+
+    Raises:
+        ValueError: the processes load parts of the model, or one of them all.
+    """
+    how = getattr(model.config, "distributed_config", None)
+    sizes = {name: getattr(how, name, 1) or 1 for name in ("tp_size", "ep_size", "pp_size", "fsdp_size")}
+    spread = [f"{name}={size}" for name, size in sizes.items() if size > 1]
+    if spread:
+        raise ValueError(
+            f"A 4-bit model cannot be loaded with distributed_config ({', '.join(spread)}), by which each process "
+            "loads a part of it: load it whole, and shard it by FSDP afterwards."
+        )
+    if is_fsdp_enabled():
+        raise ValueError(
+            "A 4-bit model cannot be loaded with FSDP's cpu_ram_efficient_loading, by which only one process loads it: "
+            "switch that off."
+        )
 
 
 def _fits(conversion, name: str) -> bool:

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from peftfast.ops.fourbit import check_weight
 from peftfast.ops.lora import DTYPES, name_of
 from peftfast.reference import FOURBIT_BLOCKSIZES, FOURBIT_CODEBOOKS
 
+SHARDED = "_is_fsdp_managed_module"  # set by torch.distributed.fsdp.fully_shard on modules whose parameters it shards
 QUANT_STATE = ".quant_state.bitsandbytes__"  # followed by the quant type
 # What follows a weight's name in a checkpoint; nothing: the packed weight itself.
 PLAIN_ENTRIES = ("", ".absmax", ".quant_map")
@@ -49,7 +51,7 @@ class FourBitLayer(QuantizedLayer):
         self.quant_type, self.blocksize, self.nested = quant_type, blocksize, nested
         packed = torch.empty(self.packed_shape, dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self._quantized: FourBitWeight | None = None  # its `packed` is `weight`
+        self._quantized: FourBitWeight | None = None  # but for its bytes, which are `weight`
 
     @property
     def packed_shape(self) -> tuple[int, int]:
@@ -69,14 +71,12 @@ class FourBitLayer(QuantizedLayer):
         Raises:
             RuntimeError: the layer is empty.
         """
-        quantized, weight = self._quantized, self.weight
-        if quantized is None:
+        if self._quantized is None:
             raise RuntimeError(
                 f"The {type(self).__name__} has no weight yet: fill it by load_state_dict or set_weight."
             )
-        if quantized.packed is not weight:
-            quantized = self._quantized = replace(quantized, packed=weight)
-        return quantized
+        self._quantized = beside(self._quantized, self.weight)
+        return replace(self._quantized, packed=self.weight)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight, of the layer's `shape`, in `dtype`; None: that which it had before it was quantized."""
@@ -92,7 +92,7 @@ class FourBitLayer(QuantizedLayer):
         """Makes `quantized`, of this layer's shape, the weight: shared and not copied, in a new parameter."""
         packed = quantized.packed.detach().reshape(-1).view(torch.uint8).view(self.packed_shape)
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self._quantized = replace(quantized, packed=self.weight)
+        self._quantized = without_bytes(quantized)
         self.quant_type, self.blocksize = quantized.quant_type, quantized.blocksize
         self.nested = quantized.nested is not None
 
@@ -103,7 +103,7 @@ class FourBitLayer(QuantizedLayer):
             ValueError: it has another format or shape.
         """
         self.check_format_of(other)
-        self.weight, self._quantized = other.weight, other.quantized_weight
+        self.weight, self._quantized = other.weight, other._quantized
         self.quant_type, self.blocksize, self.nested = other.quant_type, other.blocksize, other.nested
 
     def _apply(self, fn, recurse: bool = True) -> FourBitLayer:
@@ -112,13 +112,13 @@ class FourBitLayer(QuantizedLayer):
         if self._quantized is not None:
             device = self.weight.device
             on_meta = device.type == "meta"  # which holds no values: empty again
-            self._quantized = None if on_meta else replace(self._quantized, packed=self.weight).to(device)
+            self._quantized = None if on_meta else self._quantized.to(device)
         return self
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._quantized is not None:
-            for entry, value in pack_state(self.quantized_weight).items():
+            for entry, value in pack_state(self._quantized).items():
                 destination[f"{prefix}weight{entry}"] = value
 
     def _load_from_state_dict(
@@ -136,21 +136,43 @@ class FourBitLayer(QuantizedLayer):
             if key == name or key.startswith(f"{name}.")
         }
         others = {key: value for key, value in state_dict.items() if key.removeprefix(name) not in state}
-        quantized = unpack_state(state, self.shape, name) if state else None
+        is_own = is_own_weight(state, self.weight)
+        quantized = unpack_state(state, self.shape, name) if state and not is_own else None
         errors = len(error_msgs)
         super()._load_from_state_dict(
             others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if strict and is_own:
+            missing_keys.remove(name)
         if quantized is None or len(error_msgs) > errors:
             return
         if strict:
             missing_keys.remove(name)
             unexpected_keys += [name + entry for entry in state if entry not in ENTRIES]
+        if getattr(self, SHARDED, False):  # the parameter has to stay: FSDP holds it
+            copy_shard(self.weight, quantized.packed)
+            self._quantized = without_bytes(quantized)
+            return
         if not local_metadata.get("assign_to_params_buffers", False):
             quantized = copy.deepcopy(quantized)
             if not self.weight.is_meta:
                 quantized = quantized.to(self.weight.device)
         self.assign(quantized)
+
+    def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True):
+        """With the entries beside a weight that FSDP shards: torch.distributed.checkpoint then loads them too."""
+        yield from super().named_buffers(prefix, recurse, remove_duplicate)
+        if getattr(self, SHARDED, False) and self._quantized is not None:
+            for entry, value in pack_state(self._quantized).items():
+                yield f"{prefix}{'.' if prefix else ''}weight{entry}", value
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """See `entry_names`."""
+        return {"weight": "_entry_names"}
+
+    @property
+    def _entry_names(self) -> SimpleNamespace:
+        return entry_names(("weight",))
 
 
 class Linear4bit(FourBitLayer, QuantizedLinear):
@@ -337,6 +359,17 @@ def quantize_linears(
     return module
 
 
+def without_bytes(quantized: FourBitWeight) -> FourBitWeight:
+    """What a module keeps of a weight beside its parameter. That alone holds the bytes: FSDP shards and frees it."""
+    return replace(quantized, packed=quantized.packed.new_empty(0))
+
+
+def beside(quantized: FourBitWeight, weight: Tensor) -> FourBitWeight:
+    """`quantized` on the device of its bytes, should they have been moved alone, as FSDP does."""
+    elsewhere = quantized.absmax.device != weight.device and not quantized.absmax.is_meta
+    return quantized.to(weight.device) if elsewhere else quantized
+
+
 # ---- a 4-bit weight in a checkpoint -------------------------------------------------------------------------
 
 
@@ -421,6 +454,34 @@ def unpack_state(state: Mapping[str, Tensor], shape: tuple[int, int], name: str 
     except TypeError as error:
         raise ValueError(str(error)) from None
     return quantized
+
+
+@torch.no_grad()
+def copy_shard(weight: Tensor, packed: Tensor) -> None:
+    """Loads the bytes of a sharded weight, which may be the weight itself."""
+    if packed is not weight:
+        weight.copy_(packed)
+
+
+def is_own_weight(state: Mapping[str, Tensor], weight: Tensor) -> bool:
+    """Whether a state_dict brings back the parameter itself: torch.distributed.checkpoint does so with all that it does
+    not load, by parameters, of which the entries beside a packed weight are none."""
+    return list(state) == [""] and state[""] is weight
+
+
+def entry_names(parameters: Iterable[str]) -> SimpleNamespace:
+    """The entries of 4-bit weights as attributes of attributes.
+
+    torch.distributed.checkpoint.state_dict looks up each name of a state_dict by attributes, and asks a module's
+    `_fqn_modifiers()` by which attribute of it to look up a parameter instead.
+    """
+    names = SimpleNamespace()
+    for parameter in parameters:
+        for entry in ENTRIES:
+            place = names
+            for part in f"{parameter}{entry}".split("."):
+                place = vars(place).setdefault(part, SimpleNamespace())
+    return names
 
 
 def _read_facts(written: Tensor, name: str) -> dict:

@@ -279,8 +279,17 @@ def call(
 
 
 def parts_of(weight: FourBitWeight) -> tuple:
-    """The weight as the operators take it."""
+    """The weight as the operators take it.
+
+    Raises:
+        RuntimeError: only a shard of it is here.
+    """
     packed, nested, quant_type = weight.packed, weight.nested, QUANT_TYPES.index(weight.quant_type)
+    if hasattr(packed, "device_mesh"):
+        raise RuntimeError(
+            "Only a shard of a 4-bit weight is here (a DTensor): FSDP gathers it where the module runs that was given "
+            "to fully_shard."
+        )
     if packed.dtype != torch.uint8:
         packed = packed.reshape(-1).view(torch.uint8)
     if nested is None:

@@ -440,6 +440,11 @@ def _resolve(model: nn.Module, config: ExpertLoraConfig) -> dict[str, tuple[list
         around, base = found[layer]
         if around is not base and not isinstance(around, ExpertLora):
             raise ValueError(f"experts of {layer}: they are in a {type(around).__name__} of PEFT already.")
+        if experts.is_parallel(base):
+            raise ValueError(
+                f"{layer} is spread over processes by tensor or expert parallelism, where adapters on experts cannot "
+                "run: load the model whole, and shard it by FSDP after get_peft_model."
+            )
         if indices[-1] >= base.num_experts:
             raise ValueError(
                 f"experts of {layer} hold {indices[-1]}, expected 0 to {base.num_experts - 1}: it has "

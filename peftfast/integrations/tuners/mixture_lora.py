@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from peftfast.integrations.bases import is_plain
+from peftfast.integrations.experts import is_parallel
 from peftfast.integrations.tuners.registry import register, targeted
 from peftfast.nn.moe import Routing
 from peftfast.ops.lora import DTYPES, KERNEL_DEVICES, name_of
@@ -412,6 +413,11 @@ class MixtureLoraModel(LoraModel):
             if not is_plain(blocks[name]):
                 raise ValueError(
                     f"{name} has hooks or a forward of its own, which a mixture would leave out."
+                )
+            if any(map(is_parallel, blocks[name].modules())):
+                raise ValueError(
+                    f"{name} is spread over processes by tensor parallelism, where a mixture of LoRAs cannot run: load "
+                    "the model whole, and shard it by FSDP after get_peft_model."
                 )
             if not computes_its_layout(blocks[name], layout):
                 raise ValueError(
