@@ -84,16 +84,16 @@ def merge(
     except UserError as error:  # of loading
         raise UserError(str(error).replace("--model", "--base")) from error
     dtype = str(model.dtype).removeprefix("torch.")
-    try:
-        model = PeftModel.from_pretrained(model, adapter).eval()
-    except Exception as error:  # whatever a library raises over a folder's contents, the folder is at fault
-        raise UserError(f"{adapter} does not fit {base}: {first_sentence(error)}.") from error
     tokens = torch.randint(
         model.get_input_embeddings().weight.shape[0], (1, TOKENS), generator=torch.Generator().manual_seed(0)
     )
-    with model.disable_adapter():
-        before = _logits(model, tokens)
-    wanted = _logits(model, tokens)
+    try:
+        model = PeftModel.from_pretrained(model, adapter).eval()
+        with model.disable_adapter():
+            before = _logits(model, tokens)
+        wanted = _logits(model, tokens)
+    except Exception as error:  # whatever a library raises over a folder's contents, the folder is at fault
+        raise UserError(f"{adapter} does not fit {base}: {first_sentence(error)}.") from error
     layers = [layer for layer in model.modules() if _is_adapted(layer)]
     hidden = model.get_output_embeddings().weight.shape[1]
     try:
