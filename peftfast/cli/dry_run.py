@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import masking_utils
 
-from peftfast.integrations import expert_adapters, experts
+from peftfast.integrations import expert_adapters, experts, rowwise
 from peftfast.integrations.bases import KINDS
 from peftfast.integrations.experts import FourBitExperts, projections
 from peftfast.integrations.transformers import FourBitConfig, FourBitHfQuantizer
@@ -313,6 +313,8 @@ def _on_the_operators(module: nn.Module) -> None:
         module.forward = lambda *args: experts.call(module, *args, {})
     elif isinstance(module, LoraLayer) and type(module.base_layer) in KINDS:
         module.forward = functools.partial(_lora, module)
+    elif forward := rowwise.forward_of(module):
+        module.forward = forward
 
 
 def _lora(layer: LoraLayer, x: Tensor) -> Tensor:

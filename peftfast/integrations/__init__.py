@@ -41,12 +41,14 @@ class Report:
         dense: of a model that has such, the linear layers and expert projections that are not in 4 bits, with their
             dtypes. Embeddings, norms and routers are none of these.
         losses: the language models, and whether their loss is computed without logits.
+        rowwise: the RMSNorms and gated MLPs of transformers' models, and whether they are fused.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
     fourbit: dict[str, str] = field(default_factory=dict)
     dense: dict[str, torch.dtype] = field(default_factory=dict)
     losses: list[LayerReport] = field(default_factory=list)
+    rowwise: list[LayerReport] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[LayerReport]:
         return iter(self.layers)
@@ -91,10 +93,21 @@ class Report:
         for loss in self.losses:
             how = "without logits" if loss.fast else f"from logits: {loss.reason}"
             lines.append(f"  loss of {loss.name or 'the model itself'}: {how}")
+        if self.rowwise:
+            lines += self._rowwise_lines()
         for reason, layers in by_reason.items():
             lines.append(f"  {reason} ({len(layers)})")
             lines += [f"    {layer.name or 'the model itself'}" for layer in layers]
         return "\n".join(lines)
+
+    def _rowwise_lines(self) -> list[str]:
+        """How many there are, and each reason with its number, without their names."""
+        fast = sum(layer.fast for layer in self.rowwise)
+        reasons = Counter(f"{layer.kind}: {layer.reason}" for layer in self.rowwise if not layer.fast)
+        return [
+            f"  fused norms and gated MLPs: {fast} of {len(self.rowwise)}",
+            *(f"    {reason} ({count})" for reason, count in reasons.items()),
+        ]
 
 
 def enable(strict: bool = False) -> None:
@@ -103,7 +116,8 @@ def enable(strict: bool = False) -> None:
     Prefix tuning, prompt tuning and p-tuning compute what the samples of a batch have in common once, and train under
     gradient checkpointing and on packed batches, where the documents of a row are told apart by position_ids.
     The loss of a language model that is given labels is computed without its logits; they come into being, as they
-    would have been, if anything reads them.
+    would have been, if anything reads them. RMSNorms and gated MLPs of transformers' models keep for backward no more
+    than their operands.
 
     Whether a model is made or wrapped before or after this call makes no difference.
 
@@ -130,15 +144,15 @@ def enabled(strict: bool = False) -> Iterator[None]:
 
 
 def accelerate(model: nn.Module, strict: bool = False) -> nn.Module:
-    """Does for the adapters, prompts and 4-bit layers that `model` has now, and for its loss, what `enable` does; and
-    for no other model.
+    """Does for the adapters, prompts and 4-bit layers that `model` has now, for its loss, its norms and gated MLPs, what
+    `enable` does; and for no other model.
 
     Returns:
         `model` itself. A deepcopy of it is accelerated too.
     Raises:
         ValueError: the model has none of these.
     """
-    from peftfast.integrations import losses
+    from peftfast.integrations import losses, rowwise
 
     layers = [layer for _, layer, _ in _layers(model)]
     if not layers:
@@ -146,7 +160,8 @@ def accelerate(model: nn.Module, strict: bool = False) -> nn.Module:
             "model has no LoRA layers, prefix or prompt of PEFT and no 4-bit layers of bitsandbytes: "
             "call get_peft_model before accelerate."
         )
-    for layer in (*layers, *filter(losses.answers_for, model.modules())):
+    besides = (part for part in model.modules() if losses.answers_for(part) or rowwise.answers_for(part))
+    for layer in (*layers, *besides):
         forwards.mark(layer, strict)
     forwards.restore(replace(forwards.switch, accelerated=True))
     return model
@@ -168,19 +183,21 @@ def report(model: nn.Module) -> Report:
         found.append(LayerReport(name, library.kind_of(layer), reason is None, reason))
         if reason is None and library.NAME == "lora":
             fused_with_adapter.add(layer.base_layer)
-    return Report(found, *_weights(model), _losses(model))
+    return Report(found, *_weights(model), *_besides(model))
 
 
-def _losses(model: nn.Module) -> list[LayerReport]:
-    from peftfast.integrations import losses
+def _besides(model: nn.Module) -> Iterator[list[LayerReport]]:
+    """`losses` and `rowwise` of the report."""
+    from peftfast.integrations import losses, rowwise
 
-    found = []
-    for name, part in model.named_modules():
-        if losses.answers_for(part):
-            on = forwards.in_force(part)[0]
-            reason = losses.why_not(part) if on else "peftfast is not enabled"
-            found.append(LayerReport(name, losses.kind_of(part), reason is None, reason))
-    return found
+    for library in (losses, rowwise):
+        found = []
+        for name, part in model.named_modules():
+            if library.answers_for(part):
+                on = forwards.in_force(part)[0]
+                reason = library.why_not(part) if on else "peftfast is not enabled"
+                found.append(LayerReport(name, library.kind_of(part), reason is None, reason))
+        yield found
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModuleType]]:
