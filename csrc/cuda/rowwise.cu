@@ -91,7 +91,14 @@ struct Activated {
   float value, slope;
 };
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+// The larger of a sigmoid and its complement is made from the smaller, whose rounding errors count less.
+struct Sigmoid {
+  float value, complement;
+};
+__device__ __forceinline__ Sigmoid sigmoid(float x) {
+  const float e = expf(-fabsf(x)), smaller = e / (1.0f + e), larger = 1.0f - smaller;
+  return x < 0.0f ? Sigmoid{smaller, larger} : Sigmoid{larger, smaller};
+}
 
 __device__ __forceinline__ Activated activated(Activation activation, float z) {
   switch (activation) {
@@ -103,12 +110,12 @@ __device__ __forceinline__ Activated activated(Activation activation, float z) {
     }
     case Activation::gelu_tanh: {
       constexpr float twice = 1.59576912f, cubic = 0.044715f;
-      const float s = sigmoid(twice * (z + cubic * z * z * z));
-      return {z * s, s + z * s * (1.0f - s) * twice * (1.0f + 3 * cubic * z * z)};
+      const Sigmoid s = sigmoid(twice * (z + cubic * z * z * z));
+      return {z * s.value, s.value + z * (s.value * s.complement) * twice * (1.0f + 3 * cubic * z * z)};
     }
     case Activation::silu: {
-      const float s = sigmoid(z);
-      return {z * s, s * (1.0f + z * (1.0f - s))};
+      const Sigmoid s = sigmoid(z);
+      return {z * s.value, s.value * (1.0f + z * s.complement)};
     }
     case Activation::tanh: {
       const float t = tanhf(z);
@@ -177,6 +184,13 @@ __device__ __forceinline__ float sum_over_row(float x, int row_threads) {
   return sum;
 }
 
+// 1 / sqrt(x), and a step of Newton's: rounded once.
+__device__ __forceinline__ float reciprocal_root(float x) {
+  const float y = 1.0f / sqrtf(x), h = x * y, rest = fmaf(x, y, -h);
+  const float error = fmaf(-rest, y, fmaf(-h, y, 1.0f));
+  return y > 0.0f && y < 3e38f ? fmaf(0.5f * y, error, y) : y;
+}
+
 template <class T>
 __device__ __forceinline__ float normalized(float x, float rstd, bool cast_first) {
   return cast_first ? to_float(from_float<T>(x * rstd)) : x * rstd;
@@ -203,7 +217,7 @@ __global__ void __launch_bounds__(threads) rms_norm_kernel(RmsNormArgs args, int
 #pragma unroll
     for (int j = 0; j < width; ++j) squares = fmaf(values[j], values[j], squares);
   }
-  const float rstd = 1.0f / sqrtf(sum_over_row(squares, row_threads) / static_cast<float>(args.H) + args.eps);
+  const float rstd = reciprocal_root(sum_over_row(squares, row_threads) / static_cast<float>(args.H) + args.eps);
   if (first == 0) args.rstd[m] = rstd;
   for (int64_t h = first; h < args.H; h += step) {
     float values[width], factors[width];

@@ -144,8 +144,8 @@ def enabled(strict: bool = False) -> Iterator[None]:
 
 
 def accelerate(model: nn.Module, strict: bool = False) -> nn.Module:
-    """Does for the adapters, prompts and 4-bit layers that `model` has now, for its loss, its norms and gated MLPs, what
-    `enable` does; and for no other model.
+    """Does for the adapters, prompts and 4-bit layers that `model` has now, and for its loss, its norms and its gated
+    MLPs, what `enable` does; and for no other model.
 
     Returns:
         `model` itself. A deepcopy of it is accelerated too.

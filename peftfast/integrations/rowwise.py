@@ -279,9 +279,7 @@ def _norms() -> Iterator[tuple[Norm, list[_Probe]]]:
             (torch.bfloat16, torch.bfloat16),
         ):
             x, weight = _random(2, 9, hidden, dtype=dtype), _random(hidden, scale=0.3, dtype=weight_dtype)
-            expected = reference.rms_norm(
-                x, weight if weighted else None, eps, offset, cast_first=cast_first
-            )
+            expected = reference.rms_norm(x, weight if weighted else None, eps, offset, cast_first=cast_first)
             probes.append(_Probe({"weight": weight, name: eps, **others}, x, expected))
         yield Norm(name, offset, cast_first, weighted), probes
 

@@ -123,7 +123,7 @@ def rms_norm(
         raise ValueError(f"weight has shape {list(weight.shape)}, expected [{x.shape[-1]}].")
     for name, value in dict(eps=eps, offset=offset).items():
         check_number(value, name)
-        if not math.isfinite(value) or (name == "eps" and value < 0):
+        if not -math.inf < value < math.inf or (name == "eps" and value < 0):
             raise ValueError(
                 f"{name} is {value}, expected a number{' that is not negative' * (name == 'eps')}."
             )

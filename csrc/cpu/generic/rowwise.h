@@ -136,7 +136,7 @@ void rms_norm_into(const RmsNormArgs& args, int64_t begin, int64_t end) {
       const typename S::F v = load_at<S>(x, h, H);
       return S::fma(v, v, sum);
     });
-    args.rstd[m] = 1.0f / std::sqrt(squares / static_cast<float>(H) + args.eps);
+    args.rstd[m] = static_cast<float>(1.0 / std::sqrt(static_cast<double>(squares) / H + args.eps));
     const typename S::F rstd = S::set1(args.rstd[m]);
     for (int64_t h = 0; h < H; h += S::width) {
       typename S::F v = S::mul(load_at<S>(x, h, H), rstd);
