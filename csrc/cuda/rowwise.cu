@@ -14,11 +14,13 @@ constexpr int64_t short_row = 1024;
 
 // ---- several values at once --------------------------------------------------------------------------------------
 
-// `width` values: one, or as many as fill whole words of 16 bytes.
-template <int width, class T>
-__device__ __forceinline__ void load(const T* from, float (&values)[width]) {
-  if constexpr (width == 1) {
-    values[0] = to_float(*from);
+// As many values as fill whole words of 16 bytes. Where rows cannot be read in words, or end within one, `count` of
+// them are, one by one, and the others are zero: sums have the same order, whatever the layout.
+template <bool in_words, int width, class T>
+__device__ __forceinline__ void load(const T* from, int64_t count, float (&values)[width]) {
+  if constexpr (!in_words) {
+#pragma unroll
+    for (int i = 0; i < width; ++i) values[i] = i < count ? to_float(from[i]) : 0.0f;
   } else {
     constexpr int per_word = 16 / sizeof(T);
 #pragma unroll
@@ -36,10 +38,12 @@ __device__ __forceinline__ void load(const T* from, float (&values)[width]) {
   }
 }
 
-template <int width, class T>
-__device__ __forceinline__ void store(T* to, const float (&values)[width]) {
-  if constexpr (width == 1) {
-    *to = from_float<T>(values[0]);
+template <bool in_words, int width, class T>
+__device__ __forceinline__ void store(T* to, int64_t count, const float (&values)[width]) {
+  if constexpr (!in_words) {
+#pragma unroll
+    for (int i = 0; i < width; ++i)
+      if (i < count) to[i] = from_float<T>(values[i]);
   } else {
     constexpr int per_word = 16 / sizeof(T);
 #pragma unroll
@@ -57,19 +61,21 @@ __device__ __forceinline__ void store(T* to, const float (&values)[width]) {
   }
 }
 
-// Calls body(T{}, std::integral_constant<int, width>{}) for what a dtype and `wide` come to.
+template <class T>
+constexpr int width_of = 16 / sizeof(T);
+
+// Calls body(T{}, std::bool_constant<words>{}).
 template <class Body>
-void with_type(DType dtype, bool wide, Body body) {
-  const auto with_width = [&](auto zero) {
-    constexpr int width = 16 / sizeof(zero);
-    wide ? body(zero, std::integral_constant<int, width>{}) : body(zero, std::integral_constant<int, 1>{});
+void with_type(DType dtype, bool words, Body body) {
+  const auto with_words = [&](auto zero) {
+    words ? body(zero, std::bool_constant<true>{}) : body(zero, std::bool_constant<false>{});
   };
   if (dtype == DType::f32)
-    with_width(float{});
+    with_words(float{});
   else if (dtype == DType::bf16)
-    with_width(bf16{});
+    with_words(bf16{});
   else
-    with_width(f16{});
+    with_words(f16{});
 }
 
 // Whether rows of what is there can be read in words: all of `columns` elements of `size` bytes.
@@ -78,7 +84,7 @@ struct Operand {
   int64_t ld, size;
 };
 template <int count>
-bool in_words(int64_t columns, int64_t width, const Operand (&operands)[count]) {
+bool fills_words(int64_t columns, int64_t width, const Operand (&operands)[count]) {
   bool all = columns % width == 0;
   for (const Operand& operand : operands)
     all = all && reinterpret_cast<uintptr_t>(operand.data) % 16 == 0 && operand.ld * operand.size % 16 == 0;
@@ -126,15 +132,16 @@ __device__ __forceinline__ Activated activated(Activation activation, float z) {
   }
 }
 
-template <class T, int width, bool backward>
+template <class T, bool in_words, bool backward>
 __global__ void __launch_bounds__(threads) swiglu_kernel(SwigluArgs args) {
+  constexpr int width = width_of<T>;
   for (int64_t m = blockIdx.x; m < args.M; m += gridDim.x)
     for (int64_t i = (blockIdx.y * int64_t{threads} + threadIdx.x) * width; i < args.I;
          i += int64_t{threads} * gridDim.y * width) {
       float gate[width], up[width], G[width], first[width], second[width];
-      load(static_cast<const T*>(args.gate) + m * args.ld_gate + i, gate);
-      load(static_cast<const T*>(args.up) + m * args.ld_up + i, up);
-      if constexpr (backward) load(static_cast<const T*>(args.G) + m * args.ldg + i, G);
+      load<in_words>(static_cast<const T*>(args.gate) + m * args.ld_gate + i, args.I - i, gate);
+      load<in_words>(static_cast<const T*>(args.up) + m * args.ld_up + i, args.I - i, up);
+      if constexpr (backward) load<in_words>(static_cast<const T*>(args.G) + m * args.ldg + i, args.I - i, G);
 #pragma unroll
       for (int j = 0; j < width; ++j) {
         const Activated act = activated(args.activation, gate[j]);
@@ -144,10 +151,10 @@ __global__ void __launch_bounds__(threads) swiglu_kernel(SwigluArgs args) {
           first[j] = act.value * up[j];
       }
       if constexpr (backward) {
-        if (args.grad_gate) store(static_cast<T*>(args.grad_gate) + m * args.I + i, first);
-        if (args.grad_up) store(static_cast<T*>(args.grad_up) + m * args.I + i, second);
+        if (args.grad_gate) store<in_words>(static_cast<T*>(args.grad_gate) + m * args.I + i, args.I - i, first);
+        if (args.grad_up) store<in_words>(static_cast<T*>(args.grad_up) + m * args.I + i, args.I - i, second);
       } else {
-        store(static_cast<T*>(args.Y) + m * args.I + i, first);
+        store<in_words>(static_cast<T*>(args.Y) + m * args.I + i, args.I - i, first);
       }
     }
 }
@@ -155,18 +162,18 @@ __global__ void __launch_bounds__(threads) swiglu_kernel(SwigluArgs args) {
 template <bool backward>
 void launch_swiglu(const char* name, const SwigluArgs& args, const Stream& stream) {
   const int64_t size = size_of(args.dtype);
-  const bool wide = in_words(args.I, 16 / size,
-                             {Operand{args.gate, args.ld_gate, size},
-                              {args.up, args.ld_up, size},
-                              {args.G, args.ldg, size},
-                              {args.Y, args.I, size},
-                              {args.grad_gate, args.I, size},
-                              {args.grad_up, args.I, size}});
-  with_type(args.dtype, wide, [&](auto zero, auto width) {
+  const bool words = fills_words(args.I, 16 / size,
+                                 {Operand{args.gate, args.ld_gate, size},
+                                  {args.up, args.ld_up, size},
+                                  {args.G, args.ldg, size},
+                                  {args.Y, args.I, size},
+                                  {args.grad_gate, args.I, size},
+                                  {args.grad_up, args.I, size}});
+  with_type(args.dtype, words, [&](auto zero, auto in_words) {
     constexpr int64_t most_rows = 1 << 16, most_pieces = (1 << 16) - 1;
     const dim3 grid{static_cast<unsigned>(args.M < most_rows ? args.M : most_rows),
-                    static_cast<unsigned>(std::min(most_pieces, ceil_div(args.I, threads * width.value))), 1};
-    launch(name, swiglu_kernel<decltype(zero), width.value, backward>, grid, threads, 0, stream, args);
+                    static_cast<unsigned>(std::min(most_pieces, ceil_div(args.I, threads * 16 / size))), 1};
+    launch(name, swiglu_kernel<decltype(zero), in_words.value, backward>, grid, threads, 0, stream, args);
   });
 }
 
@@ -196,15 +203,16 @@ __device__ __forceinline__ float normalized(float x, float rstd, bool cast_first
   return cast_first ? to_float(from_float<T>(x * rstd)) : x * rstd;
 }
 
-template <int width>
+template <bool in_words, int width>
 __device__ __forceinline__ void load_factors(const RmsNormArgs& args, int64_t h, float (&factors)[width]) {
-  if (args.weight) load(args.weight + h, factors);
+  if (args.weight) load<in_words>(args.weight + h, args.H - h, factors);
 #pragma unroll
   for (int j = 0; j < width; ++j) factors[j] = args.weight ? args.offset + factors[j] : 1.0f;
 }
 
-template <class T, class Out, int width>
+template <class T, class Out, bool in_words>
 __global__ void __launch_bounds__(threads) rms_norm_kernel(RmsNormArgs args, int row_threads) {
+  constexpr int width = width_of<T>;
   const int64_t m = blockIdx.x * int64_t{threads / row_threads} + threadIdx.x / row_threads;
   if (m >= args.M) return;  // whole warps; where a row takes a block, none
   const int64_t first = threadIdx.x % row_threads * width, step = row_threads * width;
@@ -213,7 +221,7 @@ __global__ void __launch_bounds__(threads) rms_norm_kernel(RmsNormArgs args, int
   float squares = 0;
   for (int64_t h = first; h < args.H; h += step) {
     float values[width];
-    load(x + h, values);
+    load<in_words>(x + h, args.H - h, values);
 #pragma unroll
     for (int j = 0; j < width; ++j) squares = fmaf(values[j], values[j], squares);
   }
@@ -221,17 +229,18 @@ __global__ void __launch_bounds__(threads) rms_norm_kernel(RmsNormArgs args, int
   if (first == 0) args.rstd[m] = rstd;
   for (int64_t h = first; h < args.H; h += step) {
     float values[width], factors[width];
-    load(x + h, values);
-    load_factors(args, h, factors);
+    load<in_words>(x + h, args.H - h, values);
+    load_factors<in_words>(args, h, factors);
 #pragma unroll
     for (int j = 0; j < width; ++j) values[j] = normalized<T>(values[j], rstd, args.cast_first) * factors[j];
-    store(y + h, values);
+    store<in_words>(y + h, args.H - h, values);
   }
 }
 
 // With D = G (offset + weight):  dX = rstd (D - X rstd^2 mean(D X))
-template <class T, class Out, int width>
+template <class T, class Out, bool in_words>
 __global__ void __launch_bounds__(threads) rms_norm_backward_kernel(RmsNormArgs args, int row_threads) {
+  constexpr int width = width_of<T>;
   const int64_t m = blockIdx.x * int64_t{threads / row_threads} + threadIdx.x / row_threads;
   if (m >= args.M) return;
   const int64_t first = threadIdx.x % row_threads * width, step = row_threads * width;
@@ -240,21 +249,21 @@ __global__ void __launch_bounds__(threads) rms_norm_backward_kernel(RmsNormArgs 
   T* dX = static_cast<T*>(args.dX) + m * args.H;
   float values[width], D[width], factors[width], dot = 0;
   for (int64_t h = first; h < args.H; h += step) {
-    load(x + h, values);
-    load(G + h, D);
-    load_factors(args, h, factors);
+    load<in_words>(x + h, args.H - h, values);
+    load<in_words>(G + h, args.H - h, D);
+    load_factors<in_words>(args, h, factors);
 #pragma unroll
     for (int j = 0; j < width; ++j) dot = fmaf(D[j] * factors[j], values[j], dot);
   }
   const float rstd = args.rstd[m];
   const float along = rstd * (rstd * (sum_over_row(dot, row_threads) / static_cast<float>(args.H)));
   for (int64_t h = first; h < args.H; h += step) {
-    load(x + h, values);
-    load(G + h, D);
-    load_factors(args, h, factors);
+    load<in_words>(x + h, args.H - h, values);
+    load<in_words>(G + h, args.H - h, D);
+    load_factors<in_words>(args, h, factors);
 #pragma unroll
     for (int j = 0; j < width; ++j) D[j] = rstd * fmaf(-along, values[j], D[j] * factors[j]);
-    store(dX + h, D);
+    store<in_words>(dX + h, args.H - h, D);
   }
 }
 
@@ -280,18 +289,18 @@ __global__ void __launch_bounds__(threads) sum_kernel(const float* sums, int64_t
   out[h] = sum;
 }
 
-// Calls body(T{}, Out{}, width), where Out is T or fp32.
+// Calls body(T{}, Out{}, in_words), where Out is T or fp32.
 template <class Body>
 void with_types(const RmsNormArgs& args, Body body) {
   const int64_t size = size_of(args.dtype), out_size = size_of(args.out);
-  const bool wide = in_words(args.H, 16 / size,
-                             {Operand{args.X, args.ldx, size},
-                              {args.dX, args.H, size},
-                              {args.G, args.ldg, out_size},
-                              {args.Y, args.H, out_size},
-                              {args.weight, args.H, 4}});
-  with_type(args.dtype, wide, [&](auto zero, auto width) {
-    args.out == DType::f32 ? body(zero, float{}, width) : body(zero, zero, width);
+  const bool words = fills_words(args.H, 16 / size,
+                                 {Operand{args.X, args.ldx, size},
+                                  {args.dX, args.H, size},
+                                  {args.G, args.ldg, out_size},
+                                  {args.Y, args.H, out_size},
+                                  {args.weight, args.H, 4}});
+  with_type(args.dtype, words, [&](auto zero, auto in_words) {
+    args.out == DType::f32 ? body(zero, float{}, in_words) : body(zero, zero, in_words);
   });
 }
 
@@ -315,17 +324,17 @@ void swiglu_backward(const SwigluArgs& args, const Stream& stream) {
 
 void rms_norm(const RmsNormArgs& args, const Stream& stream) {
   const Layout layout(args);
-  with_types(args, [&](auto zero, auto out, auto width) {
-    launch("rms_norm", rms_norm_kernel<decltype(zero), decltype(out), width.value>, layout.grid, threads, shared_bytes,
-           stream, args, layout.row_threads);
+  with_types(args, [&](auto zero, auto out, auto in_words) {
+    launch("rms_norm", rms_norm_kernel<decltype(zero), decltype(out), in_words.value>, layout.grid, threads,
+           shared_bytes, stream, args, layout.row_threads);
   });
 }
 
 void rms_norm_backward(const RmsNormArgs& args, const Stream& stream) {
   const Layout layout(args);
-  with_types(args, [&](auto zero, auto out, auto width) {
+  with_types(args, [&](auto zero, auto out, auto in_words) {
     if (args.dX != nullptr)
-      launch("rms_norm_backward", rms_norm_backward_kernel<decltype(zero), decltype(out), width.value>, layout.grid,
+      launch("rms_norm_backward", rms_norm_backward_kernel<decltype(zero), decltype(out), in_words.value>, layout.grid,
              threads, shared_bytes, stream, args, layout.row_threads);
     if (args.grad_weight == nullptr) return;
     constexpr int64_t fewest_rows = 64, most_splits = 1024;
