@@ -103,7 +103,7 @@ struct Sigmoid {
 };
 __device__ __forceinline__ Sigmoid sigmoid(float x) {
   const float e = expf(-fabsf(x)), smaller = e / (1.0f + e), larger = 1.0f - smaller;
-  return x < 0.0f ? Sigmoid{smaller, larger} : Sigmoid{larger, smaller};
+  return {x < 0.0f ? smaller : larger, x < 0.0f ? larger : smaller};
 }
 
 __device__ __forceinline__ Activated activated(Activation activation, float z) {

@@ -37,7 +37,7 @@ struct Sigmoid {
 };
 PEFTFAST_INLINE Sigmoid sigmoid(float x) {
   const float e = exponential(x < 0.0f ? x : -x), smaller = e / (1.0f + e), larger = 1.0f - smaller;
-  return x < 0.0f ? Sigmoid{smaller, larger} : Sigmoid{larger, smaller};
+  return {x < 0.0f ? smaller : larger, x < 0.0f ? larger : smaller};
 }
 
 // value(z), and slope(z) = value'(z).
