@@ -1,4 +1,5 @@
-// The 4-bit format of bitsandbytes: what a code stands for, how a value becomes a code, where it is stored.
+// The 4-bit format of bitsandbytes: what a code stands for, how a value becomes a code, where it is stored; and the
+// kernels that make it and read it.
 //
 //   The matrix is flattened row by row and cut into blocks, whatever the rows are. A block's scale is the largest
 //   magnitude in it, absmax; an element is the code whose value is nearest to element / absmax. Element 2i is the high
@@ -47,3 +48,38 @@ constexpr float bound(FourBitType type, int i) {
 constexpr float smallest_absmax = 1e-38f;
 
 }  // namespace peftfast::fourbit
+
+namespace peftfast {
+
+// W -> packed and absmax, plain. absmax comes out not finite where W is not.
+struct FourBitQuantizeArgs {
+  int64_t count;
+  DType dtype;
+  const void* W;  // [count]
+  FourBitType type;
+  int64_t blocksize;
+  uint8_t* packed;  // [(count + 1) / 2], out
+  float* absmax;    // [ceil(count / blocksize)], out
+};
+
+// The second quantization: absmax -> 8-bit codes of absmax - offset.
+struct AbsmaxQuantizeArgs {
+  int64_t blocks;
+  const float *absmax, *offset, *code;  // [blocks]; one; [256], ascending
+  int64_t blocksize;
+  uint8_t* codes;        // [blocks], out
+  float* nested_absmax;  // [ceil(blocks / blocksize)], out
+};
+
+struct FourBitDequantizeArgs {
+  int64_t count;
+  FourBitMatrix W;
+  DType dtype;
+  void* out;  // [count], out
+};
+
+PEFTFAST_KERNEL(fourbit_quantize, FourBitQuantizeArgs)
+PEFTFAST_KERNEL(fourbit_quantize_absmax, AbsmaxQuantizeArgs)
+PEFTFAST_KERNEL(fourbit_dequantize, FourBitDequantizeArgs)
+
+}  // namespace peftfast

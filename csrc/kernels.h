@@ -1,4 +1,5 @@
-// The contract between the operators (csrc/torch) and the kernels (csrc/cpu, csrc/cuda): plain structs, no torch.
+// The contract between the operators (csrc/torch) and the kernels (csrc/cpu, csrc/cuda): plain structs, no torch. Those
+// of the kernels that make and read the 4-bit format stand beside it, in fourbit_format.h.
 //
 // Letters, as everywhere in the project:
 //   M rows of X    K input features    N output features    R the ranks of all adapters, side by side
@@ -151,31 +152,28 @@ struct BottleneckAdapterBackwardArgs {
   float *grad_down_bias, *grad_up_bias, *grad_norm_weight, *grad_norm_bias, *grad_scaling;
 };
 
-// W -> packed and absmax, plain. absmax comes out not finite where W is not.
-struct FourBitQuantizeArgs {
-  int64_t count;
+// Y = activation(gate) * up. Backward, from G = dL/dY: grad_gate = G * up * activation'(gate), and grad_up = G *
+// activation(gate).
+struct SwigluArgs {
+  int64_t M, I;
   DType dtype;
-  const void* W;  // [count]
-  FourBitType type;
-  int64_t blocksize;
-  uint8_t* packed;  // [(count + 1) / 2], out
-  float* absmax;    // [ceil(count / blocksize)], out
+  Activation activation;
+  const void *gate, *up, *G;  // [M, I]; G: backward only
+  int64_t ld_gate, ld_up, ldg;
+  void *Y, *grad_gate, *grad_up;  // [M, I], out; a gradient that is null: not wanted
 };
 
-// The second quantization: absmax -> 8-bit codes of absmax - offset.
-struct AbsmaxQuantizeArgs {
-  int64_t blocks;
-  const float *absmax, *offset, *code;  // [blocks]; one; [256], ascending
-  int64_t blocksize;
-  uint8_t* codes;        // [blocks], out
-  float* nested_absmax;  // [ceil(blocks / blocksize)], out
-};
-
-struct FourBitDequantizeArgs {
-  int64_t count;
-  FourBitMatrix W;
-  DType dtype;
-  void* out;  // [count], out
+// Y = rstd X (offset + weight) with rstd = 1 / sqrt(mean of the squares of a row + eps). Backward is from G = dL/dY.
+struct RmsNormArgs {
+  int64_t M, H;
+  DType dtype, out;   // of X and dX; of Y and G: the same, or f32
+  const void *X, *G;  // [M, H]; G: backward only
+  int64_t ldx, ldg;
+  const float* weight;  // [H]; null: offset + weight is 1
+  float eps, offset;
+  bool cast_first;            // rstd X is rounded to the dtype of X
+  float *rstd, *grad_weight;  // [M], out of the forward; [H], out; null: not wanted, as dX
+  void *Y, *dX;               // [M, H], out
 };
 
 #define PEFTFAST_KERNEL(name, Args)                    \
@@ -185,9 +183,6 @@ struct FourBitDequantizeArgs {
   namespace cuda {                                     \
   void name(const Args& args, const Stream& stream);   \
   }
-PEFTFAST_KERNEL(fourbit_quantize, FourBitQuantizeArgs)
-PEFTFAST_KERNEL(fourbit_quantize_absmax, AbsmaxQuantizeArgs)
-PEFTFAST_KERNEL(fourbit_dequantize, FourBitDequantizeArgs)
 PEFTFAST_KERNEL(grouped_linear, GroupedLinearArgs)
 PEFTFAST_KERNEL(grouped_linear_backward, GroupedLinearBackwardArgs)
 PEFTFAST_KERNEL(combine, CombineArgs)
@@ -196,4 +191,8 @@ PEFTFAST_KERNEL(lora_linear, LoraLinearArgs)
 PEFTFAST_KERNEL(lora_linear_backward, LoraLinearBackwardArgs)
 PEFTFAST_KERNEL(bottleneck_adapter, BottleneckAdapterArgs)  // cpu:: only, so far; so its backward
 PEFTFAST_KERNEL(bottleneck_adapter_backward, BottleneckAdapterBackwardArgs)
+PEFTFAST_KERNEL(swiglu, SwigluArgs)
+PEFTFAST_KERNEL(swiglu_backward, SwigluArgs)
+PEFTFAST_KERNEL(rms_norm, RmsNormArgs)
+PEFTFAST_KERNEL(rms_norm_backward, RmsNormArgs)
 }  // namespace peftfast

@@ -467,6 +467,28 @@ def bottleneck_adapter(
     return (y if residual is None else residual + y).to(x.dtype)
 
 
+# ---- between the products of a decoder layer ----------------------------------------------------------------------
+
+
+def swiglu(gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:
+    """activation(gate) * up; see `peftfast.ops.swiglu`."""
+    return ACTIVATIONS[activation](gate) * up
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float = 1e-6, offset: float = 0.0, *, cast_first: bool = True
+) -> Tensor:
+    """x / sqrt(mean of its squares + eps) * (offset + weight), in at least float32; see `peftfast.ops.rms_norm`."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if cast_first or weight is None:
+        normalized = normalized.to(x.dtype)
+    if weight is None:
+        return normalized
+    dtype = torch.promote_types(x.dtype, weight.dtype) if cast_first else x.dtype
+    return (normalized.to(wide.dtype) * (offset + weight.to(wide.dtype))).to(dtype)
+
+
 # ---- the loss of a language model -------------------------------------------------------------------------
 
 

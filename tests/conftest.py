@@ -18,7 +18,7 @@ def pytest_addoption(parser):
         "--device",
         choices=["cpu", "cuda"],
         default="cpu",
-        help="where tensors are made: test_lora, _fourbit, _moe",
+        help="where tensors are made: test_lora, _fourbit, _moe, _rowwise",
     )
 
 

@@ -197,7 +197,9 @@ def assert_parity(base, model, kind, slack=1e-5):
     eager, exact = (step(*with_hooks(base, model, kind, dtype)) for dtype in (FP32, torch.float64))
     assert ours.keys() == eager.keys()
     for name, value in eager.items():
-        assert_as_accurate(ours[name], value, exact[name], slack=slack, name=name)
+        # A learned scaling has one gradient, a sum in which almost all cancels.
+        luck = 1e-3 if name.endswith("scaling") else slack
+        assert_as_accurate(ours[name], value, exact[name], slack=luck, name=name)
 
 
 # ---- parity -------------------------------------------------------------------------------------------------

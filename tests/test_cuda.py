@@ -1,7 +1,7 @@
 """The GPU kernels, where there is a GPU; and what can be said of them without one.
 
-The operators' own tests (test_lora, test_fourbit, test_moe) run on a GPU with `pytest --device cuda`, and with the
-kernels emulated on the CPU as .ci/run does it. Here is what is particular to the device.
+The operators' own tests (test_lora, test_fourbit, test_moe, test_rowwise) run on a GPU with `pytest --device cuda`, and
+with the kernels emulated on the CPU as .ci/run does it. Here is what is particular to the device.
 """
 
 import pytest

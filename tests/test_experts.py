@@ -227,7 +227,7 @@ def test_a_router_is_left_to_peft():
     model = adapted(base_model(), ["gate.weight"])
     theirs = model(IDS).logits
     with peftfast.enabled():
-        assert torch.equal(model(IDS).logits, theirs)
+        torch.testing.assert_close(model(IDS).logits, theirs, rtol=1e-5, atol=1e-5)
         assert any("dispatched experts" in (layer.reason or "") for layer in peftfast.report(model))
 
 

@@ -574,7 +574,7 @@ def test_evaluation():
             there = model(**batch())
             assert relative_error(there.logits, theirs.logits) <= 2e-6
     assert relative_error(ours.loss, theirs.loss) <= 2e-6 and not ours.logits.requires_grad
-    assert torch.equal(ours.logits, theirs.logits) and not ours.logits.argmax(-1).requires_grad
+    assert relative_error(ours.logits, theirs.logits) <= 2e-6 and not ours.logits.argmax(-1).requires_grad
 
 
 def test_without_labels_nothing_is_deferred():
@@ -633,9 +633,9 @@ def test_losses_of_ones_own_on_the_logits(read):
 
 
 def test_reading():
-    model = language_model()
-    theirs = model(**batch()).logits.detach()
+    model, unlabelled = language_model(), {name: t for name, t in batch().items() if name != "labels"}
     with peftfast.enabled(strict=True):
+        theirs = model(**unlabelled).logits.detach()
         read = [
             lambda logits: logits.numpy(force=True),
             lambda logits: logits.tolist(),

@@ -352,7 +352,7 @@ def test_two_adapters_and_none(method):
             model.set_adapter(name)
             assert relative_error(model(**batch).logits, logits) < 1e-6
         with model.disable_adapter():
-            assert torch.equal(model(**batch).logits, alone)
+            assert relative_error(model(**batch).logits, alone) < 1e-6
         assert peftfast.report(model)[0].fast
         assert relative_error(model(**batch).logits, expected["other"]) < 1e-6
 
@@ -683,7 +683,7 @@ def test_prompts_of_other_tasks_are_peft_s():
     model = tuned(base_model(copy.deepcopy(config), auto=auto), "prompt", task_type=task).eval()
     expected = model(**task_batch(task))
     peftfast.enable()
-    assert torch.equal(model(**task_batch(task)).logits, expected.logits)
+    assert relative_error(model(**task_batch(task)).logits, expected.logits) < 1e-6
     (entry,) = peftfast.report(model)
     assert entry.kind == "prompt_tuning.PeftModelForSequenceClassification"
     assert (
@@ -743,7 +743,7 @@ def test_fallbacks(case):
     if case == "flex attention":
         return
     peftfast.enable()
-    assert torch.equal(model(**inputs(), **more()).logits, expected)
+    assert relative_error(model(**inputs(), **more()).logits, expected) < 1e-6
     assert peftfast.report(model)[0].reason == reason
     model(**inputs())
     assert peftfast.report(model)[0].fast
@@ -774,7 +774,7 @@ def test_methods_without_a_path():
     batch = inputs() | dict(task_ids=torch.tensor([0, 1, 1]))
     expected = model(**batch).logits
     peftfast.enable()
-    assert torch.equal(model(**batch).logits, expected)
+    assert relative_error(model(**batch).logits, expected) < 1e-6
     assert peftfast.report(model)[0].reason == "peftfast has no path of its own for MULTITASK_PROMPT_TUNING"
 
 

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "../fourbit_format.h"
 #include "../kernels.h"
 
 namespace peftfast::cpu {
@@ -131,6 +132,11 @@ struct Table {
   void (*convert[dtype_count])(const void* x, int64_t count, DType to, void* out);  // to f32 or bf16
   void (*combine[dtype_count])(const CombineArgs& args, int64_t token_begin, int64_t token_end);
   void (*combine_backward[dtype_count])(const CombineBackwardArgs& args, int64_t token_begin, int64_t token_end);
+  void (*swiglu[dtype_count])(const SwigluArgs& args, int64_t row_begin, int64_t row_end);
+  void (*swiglu_backward[dtype_count])(const SwigluArgs& args, int64_t row_begin, int64_t row_end);
+  void (*rms_norm[dtype_count])(const RmsNormArgs& args, int64_t row_begin, int64_t row_end);
+  // Adds what these rows have of grad_weight to sums [H], if that is not null.
+  void (*rms_norm_backward[dtype_count])(const RmsNormArgs& args, int64_t row_begin, int64_t row_end, float* sums);
   void (*moments[dtype_count])(const MomentsArgs& args, int64_t row_begin, int64_t row_end);
   void (*bottleneck)(const BottleneckArgs& args, int64_t row_begin, int64_t row_end);
   void (*bottleneck_backward)(const BottleneckArgs& args, int64_t row_begin, int64_t row_end);

@@ -3,6 +3,7 @@
 
 #include <tuple>
 
+#include "../fourbit_format.h"
 #include "adapters.h"
 
 namespace peftfast {

@@ -7,6 +7,7 @@
 #include "fourbit.h"
 #include "lora.h"
 #include "moe.h"
+#include "rowwise.h"
 
 #ifndef PEFTFAST_CUDA
 STABLE_TORCH_LIBRARY(peftfast, library) {
@@ -61,6 +62,13 @@ STABLE_TORCH_LIBRARY(peftfast, library) {
   def("bottleneck_adapter_backward(Tensor grad_y, Tensor x, " + adapter +
       "Tensor z, float scaling, int activation, float norm_eps, float dropout, Tensor? seed, bool residual_is_x, "
       "bool[] want) -> Tensor[]");
+
+  def("swiglu(Tensor gate, Tensor up, int activation) -> Tensor");
+  def("swiglu_backward(Tensor grad_y, Tensor gate, Tensor up, int activation, bool want_gate, bool want_up) "
+      "-> (Tensor grad_gate, Tensor grad_up)");
+  def("rms_norm(Tensor x, Tensor? weight, float eps, float offset, bool cast_first) -> (Tensor y, Tensor rstd)");
+  def("rms_norm_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor rstd, float offset, bool cast_first, "
+      "bool want_x, bool want_weight) -> (Tensor grad_x, Tensor grad_weight)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(peftfast, CPU, library) { peftfast::register_adapter(library); }
@@ -70,4 +78,5 @@ STABLE_TORCH_LIBRARY_IMPL(peftfast, PEFTFAST_DISPATCH_KEY, library) {
   peftfast::register_lora(library);
   peftfast::register_fourbit(library);
   peftfast::register_moe(library);
+  peftfast::register_rowwise(library);
 }

@@ -43,6 +43,7 @@ class Report:
             dtypes. Embeddings, norms and routers are none of these.
         losses: the language models, and whether their loss is computed without logits.
         eightbit: the weights in 8 bits, as those in 4.
+        rowwise: the RMSNorms and gated MLPs of transformers' models, and whether they are fused.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
@@ -50,6 +51,7 @@ class Report:
     dense: dict[str, torch.dtype] = field(default_factory=dict)
     losses: list[LayerReport] = field(default_factory=list)
     eightbit: dict[str, str] = field(default_factory=dict)
+    rowwise: list[LayerReport] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[LayerReport]:
         return iter(self.layers)
@@ -94,10 +96,21 @@ class Report:
         for loss in self.losses:
             how = "without logits" if loss.fast else f"from logits: {loss.reason}"
             lines.append(f"  loss of {loss.name or 'the model itself'}: {how}")
+        if self.rowwise:
+            lines += self._rowwise_lines()
         for reason, layers in by_reason.items():
             lines.append(f"  {reason} ({len(layers)})")
             lines += [f"    {layer.name or 'the model itself'}" for layer in layers]
         return "\n".join(lines)
+
+    def _rowwise_lines(self) -> list[str]:
+        """How many there are, and each reason with its number, without their names."""
+        fast = sum(layer.fast for layer in self.rowwise)
+        reasons = Counter(f"{layer.kind}: {layer.reason}" for layer in self.rowwise if not layer.fast)
+        return [
+            f"  fused norms and gated MLPs: {fast} of {len(self.rowwise)}",
+            *(f"    {reason} ({count})" for reason, count in reasons.items()),
+        ]
 
 
 def enable(strict: bool = False) -> None:
@@ -106,7 +119,8 @@ def enable(strict: bool = False) -> None:
     Prefix tuning, prompt tuning and p-tuning compute what the samples of a batch have in common once, and train under
     gradient checkpointing and on packed batches, where the documents of a row are told apart by position_ids.
     The loss of a language model that is given labels is computed without its logits; they come into being, as they
-    would have been, if anything reads them.
+    would have been, if anything reads them. RMSNorms and gated MLPs of transformers' models keep for backward no more
+    than their operands.
 
     Whether a model is made or wrapped before or after this call makes no difference.
 
@@ -133,15 +147,15 @@ def enabled(strict: bool = False) -> Iterator[None]:
 
 
 def accelerate(model: nn.Module, strict: bool = False) -> nn.Module:
-    """Does for the adapters, prompts and 4-bit layers that `model` has now, and for its loss, what `enable` does; and
-    for no other model.
+    """Does for the adapters, prompts and 4-bit layers that `model` has now, and for its loss, its norms and its gated
+    MLPs, what `enable` does; and for no other model.
 
     Returns:
         `model` itself. A deepcopy of it is accelerated too.
     Raises:
         ValueError: the model has none of these.
     """
-    from peftfast.integrations import losses
+    from peftfast.integrations import losses, rowwise
 
     layers = [layer for _, layer, _ in _layers(model)]
     if not layers:
@@ -149,7 +163,8 @@ def accelerate(model: nn.Module, strict: bool = False) -> nn.Module:
             "model has no LoRA layers, prefix or prompt of PEFT and no 4-bit layers of bitsandbytes: "
             "call get_peft_model before accelerate."
         )
-    for layer in (*layers, *filter(losses.answers_for, model.modules())):
+    besides = (part for part in model.modules() if losses.answers_for(part) or rowwise.answers_for(part))
+    for layer in (*layers, *besides):
         forwards.mark(layer, strict)
     forwards.restore(replace(forwards.switch, accelerated=True))
     return model
@@ -165,7 +180,8 @@ def report(model: nn.Module) -> Report:
     """
     with as_gathered(model):
         fourbit, dense, eightbit = _weights(model)
-        return Report(_adapted(model), fourbit, dense, _losses(model), eightbit)
+        losses, rowwise = _besides(model)
+        return Report(_adapted(model), fourbit, dense, losses, eightbit, rowwise)
 
 
 def _adapted(model: nn.Module) -> list[LayerReport]:
@@ -181,16 +197,18 @@ def _adapted(model: nn.Module) -> list[LayerReport]:
     return found
 
 
-def _losses(model: nn.Module) -> list[LayerReport]:
-    from peftfast.integrations import losses
+def _besides(model: nn.Module) -> Iterator[list[LayerReport]]:
+    """`losses` and `rowwise` of the report."""
+    from peftfast.integrations import losses, rowwise
 
-    found = []
-    for name, part in model.named_modules():
-        if losses.answers_for(part):
-            on = forwards.in_force(part)[0]
-            reason = losses.why_not(part) if on else "peftfast is not enabled"
-            found.append(LayerReport(name, losses.kind_of(part), reason is None, reason))
-    return found
+    for library in (losses, rowwise):
+        found = []
+        for name, part in model.named_modules():
+            if library.answers_for(part):
+                on = forwards.in_force(part)[0]
+                reason = library.why_not(part) if on else "peftfast is not enabled"
+                found.append(LayerReport(name, library.kind_of(part), reason is None, reason))
+        yield found
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModuleType]]:

@@ -120,6 +120,11 @@ def why_not_input(base: nn.Module, x: Tensor) -> str | None:
         return f"it computes in {autocast or x.dtype}"
     if x.dim() == 0 or x.shape[-1] != kind.in_features(base):
         return f"its input has shape {list(x.shape)}"
+    return why_not_mode()
+
+
+def why_not_mode() -> str | None:
+    """What torch is at while the layer runs."""
     if not torch.compiler.is_compiling():
         if torch.jit.is_tracing():
             return "it is being traced by torch.jit"

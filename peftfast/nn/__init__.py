@@ -5,6 +5,7 @@ from peftfast.nn.eightbit import Embedding8bit, Linear8bit
 from peftfast.nn.embeddings import quantize_embeddings
 from peftfast.nn.fourbit import Embedding4bit, Linear4bit, quantize_linears
 from peftfast.nn.lora import LoraLinear
+from peftfast.nn.rowwise import RMSNorm, SwiGLU
 
 __all__ = [
     "BottleneckAdapter",
@@ -13,6 +14,8 @@ __all__ = [
     "Linear4bit",
     "Linear8bit",
     "LoraLinear",
+    "RMSNorm",
+    "SwiGLU",
     "quantize_embeddings",
     "quantize_linears",
 ]

@@ -19,6 +19,7 @@ from peftfast.ops.fourbit import (
 from peftfast.ops.lora import lora_linear
 from peftfast.ops.loss import linear_cross_entropy
 from peftfast.ops.moe import grouped_linear, moe_combine
+from peftfast.ops.rowwise import rms_norm, swiglu
 
 __all__ = [
     "EightBitWeight",
@@ -37,4 +38,6 @@ __all__ = [
     "linear_cross_entropy",
     "lora_linear",
     "moe_combine",
+    "rms_norm",
+    "swiglu",
 ]

@@ -31,7 +31,14 @@ PEFTFAST_INLINE float exponential(float x) {
   return (p * (r * r) + r + 1.0f) * bit_cast<float>((bit_cast<uint32_t>(shifted) + 127u) << 23);
 }
 
-PEFTFAST_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+// The larger of a sigmoid and its complement is made from the smaller, whose rounding errors count less.
+struct Sigmoid {
+  float value, complement;
+};
+PEFTFAST_INLINE Sigmoid sigmoid(float x) {
+  const float e = exponential(x < 0.0f ? x : -x), smaller = e / (1.0f + e), larger = 1.0f - smaller;
+  return {x < 0.0f ? smaller : larger, x < 0.0f ? larger : smaller};
+}
 
 // value(z), and slope(z) = value'(z).
 struct Identity {
@@ -45,10 +52,10 @@ struct Relu {
 };
 
 struct Silu {
-  PEFTFAST_INLINE static float value(float z) { return z * sigmoid(z); }
+  PEFTFAST_INLINE static float value(float z) { return z * sigmoid(z).value; }
   PEFTFAST_INLINE static float slope(float z) {
-    const float s = sigmoid(z);
-    return s * (1.0f + z * (1.0f - s));
+    const Sigmoid s = sigmoid(z);
+    return s.value * (1.0f + z * s.complement);
   }
 };
 
@@ -80,10 +87,10 @@ struct Gelu {
 
 // 0.5 z (1 + tanh(w)) = z sigmoid(2 w) with w = sqrt(2 / pi) (z + 0.044715 z^3).
 struct GeluTanh {
-  PEFTFAST_INLINE static float value(float z) { return z * sigmoid(inner(z)); }
+  PEFTFAST_INLINE static float value(float z) { return z * sigmoid(inner(z)).value; }
   PEFTFAST_INLINE static float slope(float z) {
-    const float s = sigmoid(inner(z));
-    return s + z * s * (1.0f - s) * twice * (1.0f + 3 * cubic * z * z);
+    const Sigmoid s = sigmoid(inner(z));
+    return s.value + z * (s.value * s.complement) * twice * (1.0f + 3 * cubic * z * z);
   }
 
  private:

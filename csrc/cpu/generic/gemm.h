@@ -51,6 +51,13 @@ PEFTFAST_INLINE void store_first(T* p, typename S::F x, int64_t n) {
   std::memcpy(p, values, n * sizeof(T));
 }
 
+template <class S, class From, class To>
+void convert(const From* x, int64_t count, To* out) {
+  int64_t i = 0;
+  for (; i + S::width <= count; i += S::width) S::store(out + i, S::load(x + i));
+  for (; i < count; ++i) out[i] = from_float<To>(to_float(x[i]));
+}
+
 template <class S, int rows>
 using Accumulators = typename S::F[rows][S::tile_vectors];
 

@@ -10,19 +10,13 @@
 #include "fourbit.h"
 #include "gemm.h"
 #include "moe.h"
+#include "rowwise.h"
 
 namespace peftfast::cpu {
 namespace {
 
 // A packed panel takes half of a 1 MiB L2: 512 KiB over 64 columns.
 constexpr int64_t panel_bytes = 512 * 1024;
-
-template <class S, class From, class To>
-void convert(const From* x, int64_t count, To* out) {
-  int64_t i = 0;
-  for (; i + S::width <= count; i += S::width) S::store(out + i, S::load(x + i));
-  for (; i < count; ++i) out[i] = from_float<To>(to_float(x[i]));
-}
 
 template <class S, class From>
 void convert(const void* x, int64_t count, DType to, void* out) {
@@ -453,6 +447,10 @@ constexpr Table make_table() {
       {convert<S, float>, convert<S, bf16>, convert<S, f16>},
       {combine<S, float>, combine<S, bf16>, combine<S, f16>},
       {combine_backward<S, float>, combine_backward<S, bf16>, combine_backward<S, f16>},
+      {swiglu<S, float>, swiglu<S, bf16>, swiglu<S, f16>},
+      {swiglu_backward<S, float>, swiglu_backward<S, bf16>, swiglu_backward<S, f16>},
+      {rms_norm<S, float>, rms_norm<S, bf16>, rms_norm<S, f16>},
+      {rms_norm_backward<S, float>, rms_norm_backward<S, bf16>, rms_norm_backward<S, f16>},
       {moments<S, float>, moments<S, bf16>, moments<S, f16>},
       bottleneck<S>,
       bottleneck_backward<S>,

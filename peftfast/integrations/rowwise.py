@@ -1,0 +1,285 @@
+"""The RMSNorms and gated MLPs of transformers' models on the fused operators, in training or not, adapted or not.
+
+A class is known by what it computes, not by its name alone: its own forward runs once, on random numbers, as a method
+of a bare object that has what such a layer has and nothing else. A forward that asks for more, or computes something
+else, is left alone; so is one that another library has put in place, as Liger does.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import _disable_current_modes
+from transformers import PreTrainedModel, activations
+
+from peftfast import reference
+from peftfast.integrations import forwards
+from peftfast.integrations.bases import is_plain, is_plain_tensor, why_not_mode
+from peftfast.integrations.forwards import last_fallback, stand_in, why_not_reached
+from peftfast.ops.devices import KERNEL_DEVICES
+from peftfast.ops.lora import DTYPES
+from peftfast.ops.rowwise import call_rms_norm, call_swiglu
+
+NAME = "rowwise"
+NAMES = re.compile(r"(RMSNorm|MLP|Mlp)$")
+ACTIVATIONS = {
+    nn.SiLU: "silu",
+    activations.SiLUActivation: "silu",
+    activations.GELUActivation: "gelu",
+    activations.GELUTanh: "gelu_tanh",
+    activations.NewGELUActivation: "gelu_tanh",
+}
+
+
+@dataclass(frozen=True)
+class Norm:
+    """What a class of norms computes, and the attribute that holds its eps."""
+
+    eps: str
+    offset: float
+    cast_first: bool
+    weighted: bool
+
+    def tensors(self, norm: nn.Module, x: Tensor) -> list[Tensor]:
+        weight = self.weight(norm)
+        return [x] if weight is None else [x, weight]
+
+    def weight(self, norm: nn.Module) -> Tensor | None:
+        return norm.weight if self.weighted and getattr(norm, "with_scale", True) else None
+
+    def why_not(self, norm: nn.Module) -> None:
+        """Nothing about the layer alone: all is in its input and its weight."""
+
+    def why_not_input(self, norm: nn.Module, x: Tensor) -> str | None:
+        weight = self.weight(norm)
+        if x.dim() == 0 or (weight is not None and weight.shape != x.shape[-1:]):
+            return f"its input has shape {list(x.shape)}"
+        return None
+
+    def call(self, norm: nn.Module, x: Tensor) -> Tensor:
+        return call_rms_norm(x, self.weight(norm), getattr(norm, self.eps), self.offset, self.cast_first)
+
+
+@dataclass(frozen=True)
+class GatedMlp:
+    """The attributes of a class of MLPs that computes down_proj(activation(gate) * up)."""
+
+    inputs: tuple[str, ...]  # that make gate and up: one each, or one that makes both side by side
+    activation: str
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        return *self.inputs, self.activation, "down_proj"
+
+    def tensors(self, mlp: nn.Module, x: Tensor) -> list[Tensor]:
+        return [x]
+
+    def why_not(self, mlp: nn.Module) -> str | None:
+        activation = getattr(mlp, self.activation)
+        if _name_of(activation) is None:
+            return f"its activation is a {type(activation).__name__}"
+        return None if is_plain(activation) else "its activation has hooks or a forward of its own"
+
+    def why_not_input(self, mlp: nn.Module, x: Tensor) -> str | None:
+        return "a global module hook is registered" if _has_any_global_hook() else None
+
+    def call(self, mlp: nn.Module, x: Tensor) -> Tensor:
+        made = [getattr(mlp, name)(x) for name in self.inputs]
+        gate, up = made if len(made) == 2 else made[0].chunk(2, dim=-1)
+        activation = getattr(mlp, self.activation)
+        reason = _why_not_tensors([gate, up])
+        if reason is None and (gate.dtype != up.dtype or gate.shape != up.shape):
+            reason = "its projections differ in dtype or shape"
+        if reason is None:
+            return mlp.down_proj(call_swiglu(gate, up, _name_of(activation)))
+        forwards.fall_back(mlp, NAME, reason)
+        return mlp.down_proj(activation(gate) * up)
+
+
+MLPS = (GatedMlp(("gate_proj", "up_proj"), "act_fn"), GatedMlp(("gate_up_proj",), "activation_fn"))
+
+
+def answers_for(module: nn.Module) -> bool:
+    """Whether the module goes by the name of a norm or a gated MLP of transformers' models."""
+    kind = type(module)
+    if not _is_candidate(kind):
+        return False
+    return is_norm(module) or any(all(hasattr(module, it) for it in mlp.attributes) for mlp in MLPS)
+
+
+def is_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("RMSNorm")
+
+
+def kind_of(module: nn.Module) -> str:
+    return type(module).__name__
+
+
+def stand_ins() -> Iterator[tuple[type, str, Callable]]:
+    """Of the classes that exist by now; those that come later are found as a model is made of them."""
+    yield PreTrainedModel, "post_init", _post_init
+    for kind in set(_subclasses(nn.Module)):
+        yield from _stand_in_of(kind)
+
+
+def why_not(module: nn.Module) -> str | None:
+    return why_not_reached(module) or _why_not_layer(module) or last_fallback(module)
+
+
+def _subclasses(kind: type) -> Iterator[type]:
+    for derived in kind.__subclasses__():
+        yield derived
+        yield from _subclasses(derived)
+
+
+def _is_candidate(kind: type) -> bool:
+    """By its name, and a forward that is its own."""
+    return (
+        kind.__module__.startswith("transformers.models.")
+        and NAMES.search(kind.__name__) is not None
+        and "forward" in kind.__dict__
+        and inspect.unwrap(kind.forward).__module__ == kind.__module__
+    )
+
+
+def _stand_in_of(kind: type) -> Iterator[tuple[type, str, Callable]]:
+    layer = known(kind) if _is_candidate(kind) else None
+    if layer is not None:
+        yield kind, "forward", lambda original: stand_in(original, NAME, _at_rest, _why_not_call, layer.call)
+
+
+def _post_init(original: Callable) -> Callable:
+    def post_init(self):
+        for kind in {type(module) for module in self.modules()}:
+            for stand_in_for_it in _stand_in_of(kind):
+                forwards.install(*stand_in_for_it)
+        return original(self)
+
+    return post_init
+
+
+def _at_rest(module: nn.Module) -> bool:
+    """A compiler fuses these itself, and with what stands around them."""
+    return torch.compiler.is_compiling()
+
+
+def _why_not_layer(module: nn.Module) -> str | None:
+    layer = known(type(module)) if _is_candidate(type(module)) else None
+    if layer is None:
+        return "its class computes something else, or is derived from one that is fused"
+    return layer.why_not(module)
+
+
+def _why_not_call(module: nn.Module, *args, **kwargs) -> str | None:
+    reason = _why_not_layer(module)
+    if reason is not None:
+        return reason
+    if len(args) != 1 or kwargs:
+        return "its forward was given more than its input, or that by name"
+    layer, (x,) = known(type(module)), args
+    return _why_not_tensors(layer.tensors(module, x)) or layer.why_not_input(module, x) or why_not_mode()
+
+
+def _why_not_tensors(tensors: list[Tensor]) -> str | None:
+    """The input and what it meets."""
+    for tensor in tensors:
+        if not is_plain_tensor(tensor) or tensor.layout is not torch.strided:
+            return f"its input or weight is a {type(tensor).__name__}"
+        if tensor.dtype not in DTYPES:
+            return f"its input or weight is {tensor.dtype}"
+        if tensor.device != tensors[0].device:
+            return f"its input is on {tensors[0].device}, its weight on {tensor.device}"
+    device = tensors[0].device.type
+    return None if device in KERNEL_DEVICES else f"there is no kernel for {device} yet"
+
+
+def _name_of(activation: Any) -> str | None:
+    if type(activation) is nn.GELU:
+        return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
+    return ACTIVATIONS.get(type(activation))
+
+
+# ---- what a class computes ------------------------------------------------------------------------------
+
+
+@functools.cache
+def known(kind: type) -> Norm | GatedMlp | None:
+    """What the class computes, or None. Asked for before the class's forward is replaced."""
+    candidates = _norms() if kind.__name__.endswith("RMSNorm") else ((mlp, _probes_of(mlp)) for mlp in MLPS)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), _disable_current_modes():
+        return next((layer for layer, probes in candidates if all(map(_same(kind), probes))), None)
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """The attributes of a bare object, the input of its forward, and what should come out."""
+
+    attributes: dict[str, Any]
+    x: Tensor
+    expected: Tensor
+
+
+def _same(kind: type) -> Callable[[_Probe], bool]:
+    def same(probe: _Probe) -> bool:
+        bare = kind.__new__(kind)
+        nn.Module.__init__(bare)
+        bare.__dict__.update(probe.attributes)  # as they are: nothing that watches parameters sees them
+        try:
+            out = kind.forward(bare, probe.x)
+        except Exception:  # whatever a forward that wants another layer's attributes raises
+            return False
+        expected = probe.expected
+        if not isinstance(out, Tensor) or out.dtype != expected.dtype or out.shape != expected.shape:
+            return False
+        # Where a value is on the boundary of two roundings, another order of the same sum may decide it.
+        close = torch.isclose(out.double(), expected.double(), rtol=1e-5, atol=1e-6)
+        return close.double().mean().item() > 0.98
+
+    return same
+
+
+def _random(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(sum(shape))
+    return (torch.randn(shape, generator=generator, device="cpu") * scale).to(dtype)
+
+
+def _norms() -> Iterator[tuple[Norm, list[_Probe]]]:
+    """The dtypes, and roundings in 16 bits, tell the kinds apart."""
+    eps, hidden = 0.25, 48
+    for name, others, (weighted, offset, cast_first) in itertools.product(
+        ("variance_epsilon", "eps"),
+        ({}, {"with_scale": True}),
+        ((True, 0.0, True), (True, 0.0, False), (True, 1.0, False), (True, 1.0, True), (False, 0.0, True)),
+    ):
+        probes = []
+        for dtype, weight_dtype in (
+            (torch.float32, torch.float32),
+            (torch.bfloat16, torch.float32),
+            (torch.bfloat16, torch.bfloat16),
+        ):
+            x, weight = _random(2, 9, hidden, dtype=dtype), _random(hidden, scale=0.3, dtype=weight_dtype)
+            expected = reference.rms_norm(x, weight if weighted else None, eps, offset, cast_first=cast_first)
+            probes.append(_Probe({"weight": weight, name: eps, **others}, x, expected))
+        yield Norm(name, offset, cast_first, weighted), probes
+
+
+def _probes_of(mlp: GatedMlp) -> list[_Probe]:
+    """Inputs far from zero: a forward that clips is another."""
+    hidden, size = 5, 12
+    weight, down = _random(2 * size, hidden), _random(hidden, size)
+    x = _random(2, 33, hidden, scale=20.0)
+    gate, up = F.linear(x, weight).chunk(2, dim=-1)
+    parts = weight.chunk(len(mlp.inputs))
+    attributes = {name: functools.partial(F.linear, weight=part) for name, part in zip(mlp.inputs, parts)}
+    attributes |= {mlp.activation: F.silu, "down_proj": functools.partial(F.linear, weight=down)}
+    return [_Probe(attributes, x, F.linear(F.silu(gate) * up, down))]
