@@ -349,7 +349,7 @@ struct Rows {
 
 struct Tile {
   int64_t first, end;  // rows; none when equal
-  int64_t expert, slot;
+  int expert, slot;
 };
 
 // The index-th piece of at most `height` rows of one group. Called by whole warps.
@@ -376,7 +376,8 @@ __device__ inline Tile tile_of(const Rows& rows, int64_t index, int height) {
       const int64_t start = __shfl_sync(whole_warp, begin + (index - (up_to - own)) * height, owner);
       const int64_t stop = __shfl_sync(whole_warp, end, owner);
       const int64_t found = base + owner;
-      return {start, start + height < stop ? start + height : stop, groups.experts[found], groups.slots[found]};
+      return {start, start + height < stop ? start + height : stop, static_cast<int>(groups.experts[found]),
+              static_cast<int>(groups.slots[found])};
     }
     index -= __shfl_sync(whole_warp, up_to, lanes - 1);
   }

@@ -57,9 +57,12 @@ __global__ void __launch_bounds__(threads) linear_kernel(Linear args, bool align
 
   float sums[row_fragments][column_fragments][4] = {};
 
-  // ---- the low-rank term
-  for (int tile = 0; rows.slot >= 0 && tile < args.ranks.tile_count; ++tile) {
-    const RankTile ranks = args.ranks.tiles[tile];
+  // ---- the low-rank term; two blocks fit a multiprocessor only while nothing here is unrolled or kept in registers
+  const int tile_count = rows.slot >= 0 ? args.ranks.tile_count : 0;
+#pragma unroll 1
+  for (int tile = 0; tile < tile_count; ++tile) {
+    const RankTile& ranks = args.ranks.tiles[tile];
+    const float scale = args.dropout ? ranks.keep_scale : 1.0f;
     float (*u)[rank_tile + 1] = reinterpret_cast<float (*)[rank_tile + 1]>(shared);
     float (*l)[columns] = reinterpret_cast<float (*)[columns]>(shared + tile_rows * (rank_tile + 1) * 4);
     __syncthreads();
@@ -72,14 +75,14 @@ __global__ void __launch_bounds__(threads) linear_kernel(Linear args, bool align
       const int rank = ranks.first + i / columns;
       const int64_t p = column + i % columns;
       l[i / columns][i % columns] =
-          rank < ranks.end && p < args.P ? args.L[(rows.slot * args.ranks.R + rank) * args.P + p] : 0.0f;
+          rank < ranks.end && p < args.P ? args.L[(rows.slot * args.ranks.R + rank) * args.P + p] * scale : 0.0f;
     }
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < row_fragments; ++i) {
       float terms[column_fragments][4] = {};
       const int top = row_of_warp + 16 * i + g;
-#pragma unroll 4
+#pragma unroll 1
       for (int k = 0; k < rank_tile; ++k) {
         const float upper = u[top][k], lower = u[top + 8][k];
 #pragma unroll
@@ -89,6 +92,7 @@ __global__ void __launch_bounds__(threads) linear_kernel(Linear args, bool align
           terms[j][2] = fmaf(lower, left, terms[j][2]), terms[j][3] = fmaf(lower, right, terms[j][3]);
         }
       }
+      __syncwarp();  // so that what the mask needs is read again
       Mask mask(ranks, args.dropout, args.ranks.seed);
 #pragma unroll
       for (int j = 0; j < column_fragments; ++j)
@@ -97,7 +101,7 @@ __global__ void __launch_bounds__(threads) linear_kernel(Linear args, bool align
           float term = terms[j][v];
           if (mask.drops()) {
             const int64_t row = rows.first + top + v / 2 * 8, p = column + column_of_warp + 8 * j + 2 * t + v % 2;
-            term = mask.keeps(row * args.P + p) ? term * ranks.keep_scale : 0.0f;
+            if (!mask.keeps(row * args.P + p)) term = 0;
           }
           sums[i][j][v] += term;
         }
