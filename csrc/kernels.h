@@ -18,13 +18,14 @@ constexpr int dtype_count = 3;
 struct Threads;  // these two: hosts.h
 struct Stream;
 
-// One adapter on a linear layer: Y += scaling * dropout(X) A^T B^T.
+// One adapter on a linear layer, Y += scaling * dropout(X) A^T B^T, or as many alike as there are slots.
 struct LoraAdapter {
-  const void *A, *B;  // [rank, K]; [N, rank]
+  int64_t slots, rank;
   DType dtype;        // of A, B and their gradients
-  int64_t rank;
+  const void *A, *B;  // [slots, rank, K]; [slots, N, rank] with strides: a stack is stored in several orders
+  int64_t B_strides[3];
   float scaling, dropout;  // a probability in [0, 1)
-  void *grad_A, *grad_B;   // like A and B, out; null: not wanted (backward only)
+  void *grad_A, *grad_B;   // like A and B, contiguous, out; null: not wanted (backward only)
 };
 
 // A matrix in the format of fourbit_format.h. Element i is codebook[code i] * absmax[i / blocksize], where a nested
@@ -39,25 +40,35 @@ struct FourBitMatrix {
   const float *nested_code, *nested_offset;  // [256]; one
 };
 
-// The frozen weight of a linear layer, in one of two forms. Without either (grouped layers only) it counts as zero.
+// The frozen weights of a linear layer, one after another, in one of two forms. Without either they count as zero.
 struct BaseWeight {
-  const void* dense;  // [N, K] in the dtype of X; null: in 4 bits
+  const void* dense;  // [experts, N, K] in the dtype of X; null: in 4 bits
   int64_t ld;
-  bool transposed;  // stored as [K, N]
+  bool transposed;  // stored as [experts, K, N]
   FourBitMatrix fourbit;
   DType compute;  // of a base product with a 4-bit weight: f32, whatever the dtype of X; or 16 bits, to which W is
                   // rounded and, when it is f32, X (unless the instruction set gains nothing by it)
 };
 
-// Y = X W^T + bias + sum over adapters of scaling * dropout(X) A^T B^T
+// Rows of X in groups that follow one another. Group g is the rows [offsets[g], offsets[g + 1]); it meets the weight
+// experts[g] and slots[g] of each adapter, or none when that is negative.
+struct Groups {
+  int64_t count;
+  const int64_t* offsets;          // [count + 1], ascending; null: all rows are one group, of expert 0 and slot 0
+  const int64_t *experts, *slots;  // [count]
+};
+
+// Y = X W^T + bias + sum over adapters of scaling * dropout(X) A^T B^T, for each group of rows. Rows of no group come
+// out as zeros, and so do gradients of slots of no group.
 struct LoraLinearArgs {
   int64_t M, N, K;
-  DType dtype;    // of X and Y
+  DType dtype;  // of X and Y
+  Groups groups;
   const void* X;  // [M, K]
   int64_t ldx;
   BaseWeight W;
-  const float* bias;  // [N] or null
-  const LoraAdapter* adapters;
+  const float* bias;            // [experts, N] or null
+  const LoraAdapter* adapters;  // all of the same number of slots
   int adapter_count;
   const int64_t* seed;  // of the dropout generator; null when no adapter drops
   float* U;             // [M, R], out: scaling * dropout(X) A^T, what backward needs of the forward
@@ -65,48 +76,12 @@ struct LoraLinearArgs {
 };
 
 // From G = dL/dY:  V = scaling * G B,  dX = G W + dropout'(V A),  grad_A = V^T dropout(X),  grad_B = G^T U
-template <class Forward>
-struct BackwardArgs {
-  Forward of;     // X may be null when no grad_A is wanted, U when no grad_B is; Y and bias are not read
-  const void* G;  // [M, N]
+struct LoraLinearBackwardArgs {
+  LoraLinearArgs of;  // X may be null when no grad_A is wanted, U when no grad_B is; Y and bias are not read
+  const void* G;      // [M, N]
   int64_t ldg;
   void* dX;  // [M, K], out; null: not wanted
 };
-using LoraLinearBackwardArgs = BackwardArgs<LoraLinearArgs>;
-
-// Rows of X in groups that follow one another. Group g is the rows [offsets[g], offsets[g + 1]); it meets the weight
-// experts[g] and the adapter slots[g], or none when that is negative.
-struct Groups {
-  int64_t count;
-  const int64_t* offsets;          // [count + 1], ascending
-  const int64_t *experts, *slots;  // [count]
-};
-
-// Adapters of one rank, as many as there are slots.
-struct LoraStack {
-  int64_t slots, rank;
-  DType dtype;
-  const void *A, *B;  // [slots, rank, K]; [slots, N, rank] with strides: a stack is stored in several orders
-  int64_t B_strides[3];
-  float scaling, dropout;
-  void *grad_A, *grad_B;  // like A and B, contiguous, out; null: not wanted (backward only)
-};
-
-// lora_linear for each group of rows. Rows of no group come out as zeros, and so do gradients of slots of no group.
-struct GroupedLinearArgs {
-  int64_t M, N, K;
-  DType dtype;  // of X and Y
-  Groups groups;
-  const void* X;  // [M, K]
-  int64_t ldx;
-  BaseWeight W;       // one after another
-  const float* bias;  // [experts, N] or null
-  LoraStack lora;
-  const int64_t* seed;
-  float* U;  // [M, rank], out
-  void* Y;   // [M, N], out
-};
-using GroupedLinearBackwardArgs = BackwardArgs<GroupedLinearArgs>;
 
 // Y[t] = sum over k < top_k of weights[t, k] * X[places[t, k]]: what the experts of a token say, put together.
 struct CombineArgs {
@@ -183,8 +158,6 @@ struct RmsNormArgs {
   namespace cuda {                                     \
   void name(const Args& args, const Stream& stream);   \
   }
-PEFTFAST_KERNEL(grouped_linear, GroupedLinearArgs)
-PEFTFAST_KERNEL(grouped_linear_backward, GroupedLinearBackwardArgs)
 PEFTFAST_KERNEL(combine, CombineArgs)
 PEFTFAST_KERNEL(combine_backward, CombineBackwardArgs)
 PEFTFAST_KERNEL(lora_linear, LoraLinearArgs)

@@ -17,7 +17,7 @@ on_gpu = pytest.mark.skipif(
 )
 emulated = pytest.mark.skipif(
     not hasattr(_C, "cuda_choice"),
-    reason="needs a build with -DPEFTFAST_EMULATE_CUDA=ON, as .ci/run makes it",
+    reason="needs the module of -DPEFTFAST_EMULATE_CUDA=DIR, as .ci/run makes it",
 )
 FLOAT32, BFLOAT16, FLOAT16 = range(3)
 

@@ -276,6 +276,22 @@ def test_several_adapters(dtypes, transposed):
     )
 
 
+@pytest.mark.every_isa
+@by_dtype
+def test_many_adapters(dtypes):
+    """More than the GPU kernels pack with one launch, the wider ones in several tiles of ranks."""
+    count = 19
+    check(
+        problem(
+            (21, 40, 33, None),
+            dtypes,
+            ranks=[1 + 20 * (i % 3 == 2) for i in range(count)],
+            scalings=[0.5 - i / 8 for i in range(count)],
+            dropouts=[0.3 * (i % 2) for i in range(count)],
+        )
+    )
+
+
 def test_adapters_of_two_dtypes():
     p = problem((29, 70, 45, None), DTYPES["bf16"], ranks=[4, 9], scalings=[0.5, 2.0], dropouts=[0.2, 0.1])
     p.lora_A[1], p.lora_B[1] = p.lora_A[1].float(), p.lora_B[1].float()

@@ -1,16 +1,21 @@
-// Forward and backward of a linear layer with adapters, from the micro-kernels of generic/lora.h:
+// Forward and backward of a linear layer with adapters, all rows alike or in groups, each with its own weight and slot
+// of the adapters, from the micro-kernels of generic/lora.h:
 //
 //   forward    U = s drop(X) A^T                       split over rows: dot products along K
 //              Y = X W^T + bias + U B^T                split over panels of 64 columns (and blocks of rows)
 //   backward   V = s G B                               split over rows
 //              dX = G W + drop'(V A)                   split over panels, as Y
-//              grad_A = V^T drop(X), grad_B = G^T U    split over panels; a thread sums all M rows of its columns
+//              grad_A = V^T drop(X), grad_B = G^T U    split over panels; a thread sums all rows of its columns
 //
-// Every element is computed by one thread in an order that the split does not change: the same bits for any number of
-// threads. The low-rank part is fp32 throughout; the adapters are brought to fp32 [R, K] and [R, N] once per call.
+// All groups go through a step together, so that a thread takes its share of the work, not of the groups; only the
+// weights and slots of groups that have rows are touched. Every element is computed by one thread in an order that the
+// split does not change: the same bits for any number of threads. The low-rank part is fp32 throughout; the adapters
+// are brought to fp32 [R, K] and [R, N] once per call.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstring>
+#include <span>
 #include <vector>
 
 #include "../kernels.h"
@@ -24,14 +29,38 @@
 namespace peftfast::cpu {
 namespace {
 
-// All adapters of a layer as one of rank R.
+struct Group {
+  int64_t first, M, expert, slot;  // slot: -1 for none
+};
+
+std::vector<Group> groups_with_rows(const LoraLinearArgs& args) {
+  const Groups& groups = args.groups;
+  if (groups.offsets == nullptr)
+    return args.M > 0 ? std::vector<Group>{{0, args.M, 0, args.adapter_count > 0 ? 0 : -1}} : std::vector<Group>{};
+  std::vector<Group> list;
+  for (int64_t g = 0; g < groups.count; ++g) {
+    const int64_t first = groups.offsets[g], M = groups.offsets[g + 1] - first;
+    if (M > 0) list.push_back({first, M, groups.experts[g], std::max<int64_t>(groups.slots[g], -1)});
+  }
+  return list;
+}
+
+// All adapters of a layer as one of rank R, of the slots in use.
 class Adapters {
  public:
-  Adapters(const LoraAdapter* adapters, int count, const int64_t* seed, int64_t K, int64_t N)
-      : adapters_(adapters), count_(count), K_(K), N_(N) {
-    const bool any_dropout = std::any_of(adapters, adapters + count, [](auto& a) { return a.dropout > 0; });
-    for (int i = 0; i < count; ++i) {
-      const LoraAdapter& a = adapters[i];
+  Adapters(const LoraLinearArgs& args, const std::vector<Group>& groups)
+      : list_(args.adapters, static_cast<size_t>(args.adapter_count)),
+        K_(args.K),
+        N_(args.N),
+        place_(list_.empty() ? 0 : list_[0].slots, -1) {
+    for (const Group& g : groups)
+      if (g.slot >= 0 && place_[g.slot] < 0) {
+        place_[g.slot] = static_cast<int64_t>(slots_.size());
+        slots_.push_back(g.slot);
+      }
+    const bool any_dropout = std::any_of(list_.begin(), list_.end(), [](auto& a) { return a.dropout > 0; });
+    for (size_t i = 0; i < list_.size(); ++i) {
+      const LoraAdapter& a = list_[i];
       const Segment segment{rank_, rank_ + a.rank, philox::threshold_of(a.dropout), static_cast<uint32_t>(i),
                             1.0f / (1.0f - a.dropout)};
       if (a.rank > 0 && (segments_.empty() || any_dropout))
@@ -42,151 +71,246 @@ class Adapters {
       scale_.insert(scale_.end(), a.rank, a.scaling);
       dropped_scale_.insert(dropped_scale_.end(), a.rank, a.scaling * segment.keep_scale);
     }
-    const philox::Key key = philox::key_of(any_dropout ? *seed : 0);
+    const philox::Key key = philox::key_of(any_dropout && !slots_.empty() ? *args.seed : 0);
     dropout_ = {segments_.data(), static_cast<int>(segments_.size()), key.low, key.high};
     whole_ = {0, rank_, 0, 0, 1.0f};
   }
 
   int64_t rank() const { return rank_; }
+  const std::vector<int64_t>& slots() const { return slots_; }  // in use
+  bool uses(int64_t slot) const { return place_[slot] >= 0; }
   const float* scale() const { return scale_.data(); }                  // scaling of each rank
   const float* dropped_scale() const { return dropped_scale_.data(); }  // scaling / (1 - dropout)
   Dropout dropout() const { return dropout_; }
   Dropout no_dropout() const { return {&whole_, rank_ > 0 ? 1 : 0, 0, 0}; }
 
-  // A in fp32 [R, K]: the caller's own memory where it already is.
-  const float* A(const Threads& threads) {
-    if (count_ == 1 && adapters_[0].dtype == DType::f32) return static_cast<const float*>(adapters_[0].A);
-    thread_local Scratch scratch;
-    float* A32 = scratch.floats(rank_ * K_);
-    int64_t row = 0;
-    for (int i = 0; i < count_; row += adapters_[i].rank, ++i) {
-      const LoraAdapter& a = adapters_[i];
-      widen(a.A, a.rank * K_, a.dtype, A32 + row * K_, threads);
+  // A of a group that has a slot, in fp32 [R, K], after prepare_A().
+  const float* A(const Group& g) const { return A_ + (in_place() ? g.slot : place_[g.slot]) * rank_ * K_; }
+  // B^T of a group that has a slot, in fp32 [R, N], after prepare_B().
+  const float* B_transposed(const Group& g) const { return B_ + place_[g.slot] * rank_ * N_; }
+
+  void prepare_A(const Threads& threads) {
+    if (in_place()) {
+      A_ = static_cast<const float*>(list_[0].A);
+      return;
     }
-    return A32;
+    thread_local Scratch scratch;
+    float* out = scratch.floats(static_cast<int64_t>(slots_.size()) * rank_ * K_);
+    A_ = out;
+    for (const int64_t slot : slots_)
+      for (const LoraAdapter& a : list_) {
+        const int64_t size = a.rank * K_;
+        widen(static_cast<const char*>(a.A) + slot * size * size_of(a.dtype), size, a.dtype, out, threads);
+        out += size;
+      }
   }
 
-  // B^T in fp32 [R, N].
-  const float* B_transposed(const Threads& threads) {
+  void prepare_B(const Threads& threads) {
     thread_local Scratch scratch;
-    float* B32 = scratch.floats(rank_ * N_);
-    int64_t row = 0;
-    for (int i = 0; i < count_; row += adapters_[i].rank, ++i) {
-      const LoraAdapter& a = adapters_[i];
-      transpose(a.B, N_, a.rank, a.dtype, B32 + row * N_, threads);
+    float* out = scratch.floats(static_cast<int64_t>(slots_.size()) * rank_ * N_);
+    B_ = out;
+    for (const LoraAdapter& a : list_) {
+      // Of work that is worth a thread; and so many rows of a strided B that reads and writes share cache lines.
+      const int64_t rows = slots_.size() > 1 ? 16 : 512;
+      parallel_for(threads, (N_ + rows - 1) / rows, [&](int64_t begin, int64_t end) {
+        begin *= rows, end = std::min(end * rows, N_);
+        if (a.dtype == DType::f32) transpose<float>(a, begin, end, out);
+        if (a.dtype == DType::bf16) transpose<bf16>(a, begin, end, out);
+        if (a.dtype == DType::f16) transpose<f16>(a, begin, end, out);
+      });
+      out += a.rank * N_;
     }
-    return B32;
   }
 
  private:
-  const LoraAdapter* adapters_;
-  int count_;
-  int64_t K_, N_, rank_ = 0;
+  bool in_place() const { return list_.size() == 1 && list_[0].dtype == DType::f32; }
+
+  // Rows [begin, end) of B of every slot in use, into the columns of `out`.
+  template <class T>
+  void transpose(const LoraAdapter& a, int64_t begin, int64_t end, float* out) const {
+    const auto [of_slot, of_n, of_rank] = a.B_strides;
+    const int64_t slots = static_cast<int64_t>(slots_.size());
+    const T* B = static_cast<const T*>(a.B);
+    if (of_rank == 1 && of_n == a.rank) {
+      for (int64_t i = 0; i < slots; ++i)
+        table().transpose[static_cast<int>(a.dtype)]({B + slots_[i] * of_slot, a.rank, out + i * rank_ * N_, N_}, begin,
+                                                     end);
+      return;
+    }
+    for (int64_t first = begin; first < end; first += 16) {
+      const int64_t last = std::min(first + 16, end);
+      const auto move = [&](int64_t i, int64_t n, int64_t j) {
+        out[(i * rank_ + j) * N_ + n] = to_float(B[slots_[i] * of_slot + n * of_n + j * of_rank]);
+      };
+      if (of_slot < of_rank) {  // as PEFT stores that of experts
+        for (int64_t j = 0; j < a.rank; ++j)
+          for (int64_t n = first; n < last; ++n)
+            for (int64_t i = 0; i < slots; ++i) move(i, n, j);
+      } else {
+        for (int64_t i = 0; i < slots; ++i)
+          for (int64_t j = 0; j < a.rank; ++j)
+            for (int64_t n = first; n < last; ++n) move(i, n, j);
+      }
+    }
+  }
+
+  const std::span<const LoraAdapter> list_;
+  const int64_t K_, N_;
+  std::vector<int64_t> slots_, place_;  // in use; where a slot is among them, or -1
+  int64_t rank_ = 0;
   std::vector<float> scale_, dropped_scale_;
   std::vector<Segment> segments_;
-  Dropout dropout_{};
   Segment whole_{};
+  Dropout dropout_{};
+  const float *A_ = nullptr, *B_ = nullptr;
 };
+
+const char* row_of(const void* X, int64_t row, int64_t ld, DType dtype) {
+  if (X == nullptr) return nullptr;  // of no elements
+  return static_cast<const char*>(X) + row * ld * size_of(dtype);
+}
+
+// Zeros the rows of no group.
+void clear_the_rest(const Groups& groups, int64_t M, int64_t row_bytes, void* rows) {
+  if (rows == nullptr || groups.offsets == nullptr) return;  // of no elements
+  const int64_t first = groups.count > 0 ? groups.offsets[0] : 0,
+                last = groups.count > 0 ? groups.offsets[groups.count] : 0;
+  std::memset(rows, 0, first * row_bytes);
+  std::memset(static_cast<char*>(rows) + last * row_bytes, 0, (M - last) * row_bytes);
+}
+
+// The product of one group: Y = X W with the matrices of its expert, P columns from a reduction over Q. Without weights
+// there is nothing to reduce, and the low-rank term is all.
+LinearArgs product(const Group& g, const BaseWeight& W, int64_t P, int64_t Q, bool reduction_contiguous, const void* X,
+                   int64_t ldx, void* Y, DType dtype) {
+  const int64_t rows = reduction_contiguous ? P : Q;  // of W, as it is stored
+  return {.M = g.M,
+          .P = P,
+          .Q = W.dense || W.fourbit.blocksize ? Q : 0,
+          .X = row_of(X, g.first, ldx, dtype),
+          .ldx = ldx,
+          .W = row_of(W.dense, g.expert * rows, W.ld, dtype),
+          .ldw = W.ld,
+          .reduction_contiguous = reduction_contiguous,
+          .fourbit = W.fourbit.blocksize ? &W.fourbit : nullptr,
+          .fourbit_row = g.expert * rows,
+          .Y = static_cast<char*>(Y) + g.first * P * size_of(dtype),
+          .out = dtype,
+          .first_row = g.first};
+}
 
 }  // namespace
 
 void lora_linear(const LoraLinearArgs& args, const Threads& threads) {
-  if (args.M == 0 || args.N == 0) return;
-  Adapters adapters(args.adapters, args.adapter_count, args.seed, args.K, args.N);
+  const std::vector<Group> groups = groups_with_rows(args);
+  Adapters adapters(args, groups);
   const int64_t R = adapters.rank();
-  down({{.args = {.X = args.X,
-                  .ldx = args.ldx,
-                  .Q = args.K,
-                  .A = adapters.A(threads),
-                  .scale = adapters.dropped_scale(),
-                  .R = R,
-                  .dropout = adapters.dropout(),
-                  .U = args.U},
-         .M = args.M}},
-       args.dtype, threads);
-  linear({{.M = args.M,
-           .P = args.N,
-           .Q = args.K,
-           .X = args.X,
-           .ldx = args.ldx,
-           .W = args.W.dense,
-           .ldw = args.W.ld,
-           .reduction_contiguous = !args.W.transposed,
-           .fourbit = args.W.fourbit.blocksize ? &args.W.fourbit : nullptr,
-           .bias = args.bias,
-           .U = args.U,
-           .L = adapters.B_transposed(threads),
-           .R = R,
-           .dropout = adapters.no_dropout(),
-           .Y = args.Y,
-           .out = args.dtype}},
-         args.W.compute, threads);
+  adapters.prepare_A(threads);
+  adapters.prepare_B(threads);
+  if (args.groups.offsets) std::fill(args.U, args.U + args.M * R, 0.0f);  // of rows without a slot
+  std::vector<Down> downs;
+  std::vector<LinearArgs> products;
+  for (const Group& g : groups) {
+    LinearArgs p = product(g, args.W, args.N, args.K, !args.W.transposed, args.X, args.ldx, args.Y, args.dtype);
+    p.bias = args.bias ? args.bias + g.expert * args.N : nullptr;
+    if (g.slot >= 0) {
+      float* U = args.U + g.first * R;
+      downs.push_back({.args = {.X = p.X,
+                                .ldx = args.ldx,
+                                .Q = args.K,
+                                .A = adapters.A(g),
+                                .scale = adapters.dropped_scale(),
+                                .R = R,
+                                .dropout = adapters.dropout(),
+                                .U = U,
+                                .first_row = g.first},
+                       .M = g.M});
+      p.U = U, p.L = adapters.B_transposed(g), p.R = R, p.dropout = adapters.no_dropout();
+    }
+    products.push_back(p);
+  }
+  down(downs, args.dtype, threads);
+  linear(products, args.W.compute, threads);
+  clear_the_rest(args.groups, args.M, args.N * size_of(args.dtype), args.Y);
 }
 
 void lora_linear_backward(const LoraLinearBackwardArgs& backward, const Threads& threads) {
   const LoraLinearArgs& args = backward.of;
-  Adapters adapters(args.adapters, args.adapter_count, args.seed, args.K, args.N);
-  const int64_t R = adapters.rank(), M = args.M, K = args.K, N = args.N;
-  const auto wants_A = [](const LoraAdapter& a) { return a.grad_A != nullptr; };
-  const auto wants_B = [](const LoraAdapter& a) { return a.grad_B != nullptr; };
-  const bool any_A = std::any_of(args.adapters, args.adapters + args.adapter_count, wants_A);
-  const bool any_B = std::any_of(args.adapters, args.adapters + args.adapter_count, wants_B);
-
+  const std::vector<Group> groups = groups_with_rows(args);
+  Adapters adapters(args, groups);
+  const int64_t R = adapters.rank(), K = args.K, N = args.N;
+  const LoraAdapter *first = args.adapters, *last = first + args.adapter_count;
+  const bool any_A = std::any_of(first, last, [](auto& a) { return a.grad_A != nullptr; });
+  const bool any_B = std::any_of(first, last, [](auto& a) { return a.grad_B != nullptr; });
   thread_local Scratch scratch_V, scratch_D;
   float* V = nullptr;
-  if (any_A || backward.dX != nullptr) {
-    V = scratch_V.floats(M * R);
-    down({{.args = {.X = backward.G,
-                    .ldx = backward.ldg,
-                    .Q = N,
-                    .A = adapters.B_transposed(threads),
-                    .scale = adapters.scale(),
-                    .R = R,
-                    .dropout = adapters.no_dropout(),
-                    .U = V},
-           .M = M}},
-         args.dtype, threads);
+  if (any_A || backward.dX) {
+    V = scratch_V.floats(args.M * R);
+    adapters.prepare_B(threads);
+    std::vector<Down> downs;
+    for (const Group& g : groups)
+      if (g.slot >= 0)
+        downs.push_back({.args = {.X = row_of(backward.G, g.first, backward.ldg, args.dtype),
+                                  .ldx = backward.ldg,
+                                  .Q = N,
+                                  .A = adapters.B_transposed(g),
+                                  .scale = adapters.scale(),
+                                  .R = R,
+                                  .dropout = adapters.no_dropout(),
+                                  .U = V + g.first * R},
+                         .M = g.M});
+    down(downs, args.dtype, threads);
   }
-  if (backward.dX != nullptr)
-    linear({{.M = M,
-             .P = K,
-             .Q = N,
-             .X = backward.G,
-             .ldx = backward.ldg,
-             .W = args.W.dense,
-             .ldw = args.W.ld,
-             .reduction_contiguous = args.W.transposed,
-             .fourbit = args.W.fourbit.blocksize ? &args.W.fourbit : nullptr,
-             .U = V,
-             .L = adapters.A(threads),
-             .R = R,
-             .dropout = adapters.dropout(),
-             .Y = backward.dX,
-             .out = args.dtype}},
-           args.W.compute, threads);
-  const auto gradient = [&](const OuterArgs& outer_args, bool of_A) {
-    outer({outer_args}, args.dtype, threads);
-    int64_t row = 0;
-    for (int i = 0; i < args.adapter_count; row += args.adapters[i].rank, ++i) {
-      const LoraAdapter& a = args.adapters[i];
-      if (void* out = of_A ? a.grad_A : a.grad_B)
-        write_gradient(outer_args.D + row * outer_args.P, a.rank, outer_args.P, a.dtype, !of_A, out, threads);
+  if (backward.dX) {
+    adapters.prepare_A(threads);
+    std::vector<LinearArgs> products;
+    for (const Group& g : groups) {
+      products.push_back(
+          product(g, args.W, K, N, args.W.transposed, backward.G, backward.ldg, backward.dX, args.dtype));
+      LinearArgs& p = products.back();
+      if (g.slot >= 0) p.U = V + g.first * R, p.L = adapters.A(g), p.R = R, p.dropout = adapters.dropout();
+    }
+    linear(products, args.W.compute, threads);
+    clear_the_rest(args.groups, args.M, K * size_of(args.dtype), backward.dX);
+  }
+
+  // grad_A = V^T dropout(X) and grad_B = G^T U of each slot, over the rows of all groups that use it.
+  const auto gradients = [&](const float* factor, const void* rows, int64_t ld, int64_t P, bool of_A) {
+    const std::vector<int64_t>& slots = adapters.slots();
+    const int64_t used = static_cast<int64_t>(slots.size());
+    float* D = scratch_D.floats(used * R * P);
+    std::vector<OuterArgs> outers;
+    for (int64_t i = 0; i < used; ++i) {
+      bool accumulate = false;
+      for (const Group& g : groups) {
+        if (g.slot != slots[i]) continue;
+        outers.push_back({.V = factor + g.first * R,
+                          .R = R,
+                          .X = row_of(rows, g.first, ld, args.dtype),
+                          .ldx = ld,
+                          .M = g.M,
+                          .P = P,
+                          .dropout = of_A ? adapters.dropout() : adapters.no_dropout(),
+                          .D = D + i * R * P,
+                          .first_row = g.first,
+                          .accumulate = accumulate});
+        accumulate = true;
+      }
+    }
+    outer(outers, args.dtype, threads);
+    int64_t rank = 0;
+    for (const LoraAdapter* a = first; a != last; rank += a->rank, ++a) {
+      char* out = static_cast<char*>(of_A ? a->grad_A : a->grad_B);
+      const int64_t bytes = a->rank * P * size_of(a->dtype);
+      if (out == nullptr || bytes == 0) continue;
+      for (int64_t slot = 0; slot < a->slots; ++slot)
+        if (!adapters.uses(slot)) std::memset(out + slot * bytes, 0, bytes);
+      for (int64_t i = 0; i < used; ++i)
+        write_gradient(D + (i * R + rank) * P, a->rank, P, a->dtype, !of_A, out + slots[i] * bytes, threads);
     }
   };
-  float* D = scratch_D.floats(R * std::max(any_A ? K : 0, any_B ? N : 0));
-  if (any_A)
-    gradient({.V = V, .R = R, .X = args.X, .ldx = args.ldx, .M = M, .P = K, .dropout = adapters.dropout(), .D = D},
-             true);
-  if (any_B)
-    gradient({.V = args.U,
-              .R = R,
-              .X = backward.G,
-              .ldx = backward.ldg,
-              .M = M,
-              .P = N,
-              .dropout = adapters.no_dropout(),
-              .D = D},
-             false);
+  if (any_A) gradients(V, args.X, args.ldx, K, true);
+  if (any_B) gradients(args.U, backward.G, backward.ldg, N, false);
 }
 
 double machine_peak(DType dtype, const Threads& threads) {

@@ -279,17 +279,18 @@ __device__ __forceinline__ T* shared_memory() {
 
 // ---- dropout ------------------------------------------------------------------------------------------------------
 
-// One adapter among those of a layer, whose ranks lie side by side.
-struct Segment {
-  int begin, end;             // its ranks
-  float scaling, keep_scale;  // keep_scale: 1 / (1 - dropout)
-  uint32_t threshold;         // of philox.h; 0: nothing drops
+// Up to sixteen ranks of one adapter; the ranks of all adapters of a layer lie side by side.
+struct RankTile {
+  int first, end;
+  float scaling, keep_scale;    // keep_scale: 1 / (1 - dropout)
+  uint32_t adapter, threshold;  // of philox.h; threshold 0: nothing drops
 };
-constexpr int most_adapters = 16;  // of one layer: segments travel as an argument of the kernel
-struct Segments {
-  int count;
-  Segment list[most_adapters];
-  const int64_t* seed;  // on the device
+constexpr int rank_tile = 16;
+struct Ranks {
+  int64_t R;
+  int tile_count;
+  const RankTile* tiles;  // these two are on the device
+  const int64_t* seed;
 };
 
 __device__ __forceinline__ void multiply_wide(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
@@ -300,9 +301,9 @@ __device__ __forceinline__ void multiply_wide(uint32_t a, uint32_t b, uint32_t& 
 // The random words of one adapter's elements. A counter has four of them, so neighbours share the work.
 class Mask {
  public:
-  __device__ Mask(const Segments& segments, int adapter)
-      : adapter_(adapter), threshold_(segments.list[adapter].threshold), counter_(~uint64_t{0}) {
-    const uint64_t seed = threshold_ ? static_cast<uint64_t>(*segments.seed) : 0;
+  __device__ Mask(const RankTile& ranks, bool dropout, const int64_t* seed_data)
+      : adapter_(ranks.adapter), threshold_(dropout ? ranks.threshold : 0), counter_(~uint64_t{0}) {
+    const uint64_t seed = threshold_ ? static_cast<uint64_t>(*seed_data) : 0;
     key_low_ = static_cast<uint32_t>(seed), key_high_ = static_cast<uint32_t>(seed >> 32);
   }
   __device__ __forceinline__ bool drops() const { return threshold_ != 0; }
@@ -348,7 +349,7 @@ struct Rows {
 
 struct Tile {
   int64_t first, end;  // rows; none when equal
-  int64_t expert, slot;
+  int expert, slot;
 };
 
 // The index-th piece of at most `height` rows of one group. Called by whole warps.
@@ -375,7 +376,8 @@ __device__ inline Tile tile_of(const Rows& rows, int64_t index, int height) {
       const int64_t start = __shfl_sync(whole_warp, begin + (index - (up_to - own)) * height, owner);
       const int64_t stop = __shfl_sync(whole_warp, end, owner);
       const int64_t found = base + owner;
-      return {start, start + height < stop ? start + height : stop, groups.experts[found], groups.slots[found]};
+      return {start, start + height < stop ? start + height : stop, static_cast<int>(groups.experts[found]),
+              static_cast<int>(groups.slots[found])};
     }
     index -= __shfl_sync(whole_warp, up_to, lanes - 1);
   }

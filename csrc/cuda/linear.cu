@@ -6,7 +6,7 @@
 namespace peftfast::cuda {
 namespace {
 
-constexpr int threads = 256, tile = 64, step = 16;
+constexpr int threads = 256, tile = 64, step = rank_tile;
 
 __device__ __forceinline__ float rounded_to(DType dtype, float x) {
   if (dtype == DType::bf16) return to_float(from_float<bf16>(x));
@@ -31,50 +31,35 @@ __global__ void __launch_bounds__(threads) linear_plain_kernel(Linear args) {
   const int down = threadIdx.x / 16 * 4, across = threadIdx.x % 16 * 4;
   const bool four_bit = args.W.fourbit.blocksize != 0;
   float sums[4][4] = {}, errors[4][4] = {};
-  const auto multiply = [&] {
-    float chains[4][4] = {};
+  const auto add_products = [&](auto after) {
+    float terms[4][4] = {};
     for (int k = 0; k < step; ++k)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) chains[i][j] = fmaf(x[k][down + i], w[k][across + j], chains[i][j]);
+        for (int j = 0; j < 4; ++j) terms[i][j] = fmaf(x[k][down + i], w[k][across + j], terms[i][j]);
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) add(chains[i][j], sums[i][j], errors[i][j]);
+      for (int j = 0; j < 4; ++j) add(after(terms[i][j], i, j), sums[i][j], errors[i][j]);
   };
-  float low_rank[4][4] = {};
-  if (rows.slot >= 0)
-    for (int s = 0; s < args.segments.count; ++s) {
-      const Segment segment = args.segments.list[s];
-      for (int first = segment.begin; first < segment.end; first += step) {
-        for (int i = threadIdx.x; i < tile * step; i += threads) {
-          const int64_t row = rows.first + i / step, rank = first + i % step;
-          x[i % step][i / step] = row < rows.end && rank < segment.end ? args.U[row * args.R + rank] : 0.0f;
-          const int64_t p = column + i % tile, other = first + i / tile;
-          w[i / tile][i % tile] =
-              p < args.P && other < segment.end ? args.L[(rows.slot * args.R + other) * args.P + p] : 0.0f;
-        }
-        __syncthreads();
-        multiply();
-        __syncthreads();
-      }
-      Mask mask(args.segments, s);
-      const bool drops = args.dropout && mask.drops();
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int64_t element = (rows.first + down + i) * args.P + column + across + j;
-          if (drops) sums[i][j] = mask.keeps(element) ? sums[i][j] * segment.keep_scale : 0.0f;
-          low_rank[i][j] += sums[i][j];
-          sums[i][j] = 0, errors[i][j] = 0;
-        }
+  for (int tile_of_ranks = 0; rows.slot >= 0 && tile_of_ranks < args.ranks.tile_count; ++tile_of_ranks) {
+    const RankTile ranks = args.ranks.tiles[tile_of_ranks];
+    for (int i = threadIdx.x; i < tile * step; i += threads) {
+      const int64_t row = rows.first + i / step, rank = ranks.first + i % step;
+      x[i % step][i / step] = row < rows.end && rank < ranks.end ? args.U[row * args.ranks.R + rank] : 0.0f;
+      const int64_t p = column + i % tile, other = ranks.first + i / tile;
+      w[i / tile][i % tile] =
+          p < args.P && other < ranks.end ? args.L[(rows.slot * args.ranks.R + other) * args.P + p] : 0.0f;
     }
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-#pragma unroll
-    for (int j = 0; j < 4; ++j) sums[i][j] = low_rank[i][j];
+    __syncthreads();
+    Mask mask(ranks, args.dropout, args.ranks.seed);
+    add_products([&](float term, int i, int j) {
+      if (!mask.drops()) return term;
+      return mask.keeps((rows.first + down + i) * args.P + column + across + j) ? term * ranks.keep_scale : 0.0f;
+    });
+    __syncthreads();
+  }
 
   for (int64_t q = 0; q < args.Q; q += step) {
     for (int i = threadIdx.x; i < tile * step; i += threads) {
@@ -96,7 +81,7 @@ __global__ void __launch_bounds__(threads) linear_plain_kernel(Linear args) {
       w[other - q][p - column] = value;
     }
     __syncthreads();
-    multiply();
+    add_products([](float term, int, int) { return term; });
     __syncthreads();
   }
 #pragma unroll
@@ -156,6 +141,7 @@ Choice pick(const Linear& args) {
 }
 
 void linear(const Linear& given, const Stream& stream) {
+  if (given.rows.M == 0 || given.P == 0) return;
   Linear args = given;
   const bool four_bit = args.W.fourbit.blocksize != 0;
   if (!four_bit)

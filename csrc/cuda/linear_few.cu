@@ -99,8 +99,8 @@ __global__ void __launch_bounds__(threads, 1) few_kernel(Linear args, bool align
     if (row >= rows.end || p >= args.P) continue;
     float y = total[i / columns][i % columns];
     if (rows.slot >= 0)
-      for (int64_t rank = 0; rank < args.R; ++rank)
-        y = fmaf(args.U[row * args.R + rank], args.L[(rows.slot * args.R + rank) * args.P + p], y);
+      for (int64_t rank = 0; rank < args.ranks.R; ++rank)
+        y = fmaf(args.U[row * args.ranks.R + rank], args.L[(rows.slot * args.ranks.R + rank) * args.P + p], y);
     if (args.bias) y += args.bias[rows.expert * args.P + p];
     store_float(args.Y, row * args.P + p, args.dtype, y);
   }

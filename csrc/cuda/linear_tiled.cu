@@ -15,7 +15,7 @@
 namespace peftfast::cuda {
 namespace {
 
-constexpr int threads = 256, columns = 128, depth = 32, stages = 3, rank_step = 16;
+constexpr int threads = 256, columns = 128, depth = 32, stages = 3;
 
 template <int tile_rows>
 constexpr int64_t stage_bytes = (tile_rows + columns) * depth * 2;
@@ -57,56 +57,56 @@ __global__ void __launch_bounds__(threads) linear_kernel(Linear args, bool align
 
   float sums[row_fragments][column_fragments][4] = {};
 
-  // ---- the low-rank term, sixteen ranks at a time
-  if (rows.slot >= 0)
-    for (int s = 0; s < args.segments.count; ++s) {
-      const Segment segment = args.segments.list[s];
-      const bool drops = args.dropout && segment.threshold != 0;
-      for (int first = segment.begin; first < segment.end; first += rank_step) {
-        float (*u)[rank_step + 1] = reinterpret_cast<float (*)[rank_step + 1]>(shared);
-        float (*l)[columns] = reinterpret_cast<float (*)[columns]>(shared + tile_rows * (rank_step + 1) * 4);
-        __syncthreads();
-        for (int i = threadIdx.x; i < tile_rows * rank_step; i += threads) {
-          const int64_t row = rows.first + i / rank_step;
-          const int rank = first + i % rank_step;
-          u[i / rank_step][i % rank_step] = row < rows.end && rank < segment.end ? args.U[row * args.R + rank] : 0.0f;
-        }
-        for (int i = threadIdx.x; i < rank_step * columns; i += threads) {
-          const int rank = first + i / columns;
-          const int64_t p = column + i % columns;
-          l[i / columns][i % columns] =
-              rank < segment.end && p < args.P ? args.L[(rows.slot * args.R + rank) * args.P + p] : 0.0f;
-        }
-        __syncthreads();
+  // ---- the low-rank term; two blocks fit a multiprocessor only while nothing here is unrolled or kept in registers
+  const int tile_count = rows.slot >= 0 ? args.ranks.tile_count : 0;
+#pragma unroll 1
+  for (int tile = 0; tile < tile_count; ++tile) {
+    const RankTile& ranks = args.ranks.tiles[tile];
+    const float scale = args.dropout ? ranks.keep_scale : 1.0f;
+    float (*u)[rank_tile + 1] = reinterpret_cast<float (*)[rank_tile + 1]>(shared);
+    float (*l)[columns] = reinterpret_cast<float (*)[columns]>(shared + tile_rows * (rank_tile + 1) * 4);
+    __syncthreads();
+    for (int i = threadIdx.x; i < tile_rows * rank_tile; i += threads) {
+      const int64_t row = rows.first + i / rank_tile;
+      const int rank = ranks.first + i % rank_tile;
+      u[i / rank_tile][i % rank_tile] = row < rows.end && rank < ranks.end ? args.U[row * args.ranks.R + rank] : 0.0f;
+    }
+    for (int i = threadIdx.x; i < rank_tile * columns; i += threads) {
+      const int rank = ranks.first + i / columns;
+      const int64_t p = column + i % columns;
+      l[i / columns][i % columns] =
+          rank < ranks.end && p < args.P ? args.L[(rows.slot * args.ranks.R + rank) * args.P + p] * scale : 0.0f;
+    }
+    __syncthreads();
 #pragma unroll
-        for (int i = 0; i < row_fragments; ++i) {
-          float terms[column_fragments][4] = {};
-          const int top = row_of_warp + 16 * i + g;
-#pragma unroll 4
-          for (int k = 0; k < rank_step; ++k) {
-            const float upper = u[top][k], lower = u[top + 8][k];
+    for (int i = 0; i < row_fragments; ++i) {
+      float terms[column_fragments][4] = {};
+      const int top = row_of_warp + 16 * i + g;
+#pragma unroll 1
+      for (int k = 0; k < rank_tile; ++k) {
+        const float upper = u[top][k], lower = u[top + 8][k];
 #pragma unroll
-            for (int j = 0; j < column_fragments; ++j) {
-              const float left = l[k][column_of_warp + 8 * j + 2 * t], right = l[k][column_of_warp + 8 * j + 2 * t + 1];
-              terms[j][0] = fmaf(upper, left, terms[j][0]), terms[j][1] = fmaf(upper, right, terms[j][1]);
-              terms[j][2] = fmaf(lower, left, terms[j][2]), terms[j][3] = fmaf(lower, right, terms[j][3]);
-            }
-          }
-          Mask mask(args.segments, s);
-#pragma unroll
-          for (int j = 0; j < column_fragments; ++j)
-#pragma unroll
-            for (int v = 0; v < 4; ++v) {
-              float term = terms[j][v];
-              if (drops) {
-                const int64_t row = rows.first + top + v / 2 * 8, p = column + column_of_warp + 8 * j + 2 * t + v % 2;
-                term = mask.keeps(row * args.P + p) ? term * segment.keep_scale : 0.0f;
-              }
-              sums[i][j][v] += term;
-            }
+        for (int j = 0; j < column_fragments; ++j) {
+          const float left = l[k][column_of_warp + 8 * j + 2 * t], right = l[k][column_of_warp + 8 * j + 2 * t + 1];
+          terms[j][0] = fmaf(upper, left, terms[j][0]), terms[j][1] = fmaf(upper, right, terms[j][1]);
+          terms[j][2] = fmaf(lower, left, terms[j][2]), terms[j][3] = fmaf(lower, right, terms[j][3]);
         }
       }
+      __syncwarp();  // so that what the mask needs is read again
+      Mask mask(ranks, args.dropout, args.ranks.seed);
+#pragma unroll
+      for (int j = 0; j < column_fragments; ++j)
+#pragma unroll
+        for (int v = 0; v < 4; ++v) {
+          float term = terms[j][v];
+          if (mask.drops()) {
+            const int64_t row = rows.first + top + v / 2 * 8, p = column + column_of_warp + 8 * j + 2 * t + v % 2;
+            if (!mask.keeps(row * args.P + p)) term = 0;
+          }
+          sums[i][j][v] += term;
+        }
     }
+  }
   __syncthreads();
 
   // ---- the base product
@@ -245,7 +245,7 @@ template <class T, int tile_rows, bool straight, bool four_bit>
 void launch_tiled(const Linear& args, const Stream& stream) {
   const dim3 grid{static_cast<unsigned>(args.rows.most_tiles(tile_rows)),
                   static_cast<unsigned>(ceil_div(args.P, columns)), 1};
-  static_assert(tile_rows * (rank_step + 1) * 4 + rank_step * columns * 4 <= stages * stage_bytes<tile_rows>);
+  static_assert(tile_rows * (rank_tile + 1) * 4 + rank_tile * columns * 4 <= stages * stage_bytes<tile_rows>);
   launch("linear", linear_kernel<T, tile_rows, straight, four_bit>, grid, threads,
          stages * stage_bytes<tile_rows> + (four_bit ? codebook_bytes : 0), stream, args, in_16_bytes(args.X, args.ldx),
          in_16_bytes(args.W.dense, args.W.ld));

@@ -1,8 +1,11 @@
-// Forward and backward of a linear layer with adapters, from the steps of steps.h:
+// Forward and backward of a linear layer with adapters, all rows alike or in groups, from the steps of steps.h:
 //
 //   forward    U = s drop(X) A^T,  Y = X W^T + bias + U B^T
 //   backward   V = s G B,  dX = G W + drop'(V A),  grad_A = V^T drop(X),  grad_B = G^T U
+//
+// Offsets, experts and slots of groups are read on the device, so nothing waits for the host.
 #include <algorithm>
+#include <optional>
 
 #include "steps.h"
 
@@ -11,65 +14,68 @@ namespace {
 
 // All adapters of a layer as one of rank R.
 struct Adapters {
-  Segments segments{};
+  Ranks ranks{};
   Factors A{}, B{}, grad_A{}, grad_B{};
   bool dropout = false, any_A = false, any_B = false;
-  int64_t R = 0;
+  std::optional<Workspace> tiles;
 
-  Adapters(const LoraLinearArgs& args) {
-    if (args.adapter_count > most_adapters)
-      throw std::invalid_argument("a layer may have at most " + std::to_string(most_adapters) +
-                                  " active adapters on a GPU, got " + std::to_string(args.adapter_count) + ".");
-    segments.seed = args.seed;
-    for (int i = 0; i < args.adapter_count; ++i) {
-      const LoraAdapter& a = args.adapters[i];
-      segments.list[segments.count++] = {static_cast<int>(R), static_cast<int>(R + a.rank), a.scaling,
-                                         1.0f / (1.0f - a.dropout), philox::threshold_of(a.dropout)};
-      const auto add = [&](Factors& to, const void* data, int64_t along_rank, int64_t along_column) {
-        to.list[to.count++] = {const_cast<void*>(data), a.dtype, a.rank, {0, along_rank, along_column}};
+  Adapters(const LoraLinearArgs& args, const Stream& stream) {
+    for (const LoraAdapter *a = args.adapters, *end = a + args.adapter_count; a != end; ++a) {
+      const RankTile own{.first = static_cast<int>(ranks.R),
+                         .end = static_cast<int>(ranks.R + a->rank),
+                         .scaling = a->scaling,
+                         .keep_scale = 1.0f / (1.0f - a->dropout),
+                         .adapter = static_cast<uint32_t>(a - args.adapters),
+                         .threshold = philox::threshold_of(a->dropout)};
+      const auto add = [&](Factors& to, const void* data, int64_t of_slot, int64_t of_rank, int64_t of_column) {
+        to.list.push_back({const_cast<void*>(data), a->dtype, {of_slot, of_rank, of_column}, own, ranks.tile_count});
+        to.slots = a->slots;
       };
-      add(A, a.A, args.K, 1), add(grad_A, a.grad_A, args.K, 1);
-      add(B, a.B, 1, a.rank), add(grad_B, a.grad_B, 1, a.rank);
-      R += a.rank;
-      dropout |= a.dropout > 0;
-      any_A |= a.grad_A != nullptr, any_B |= a.grad_B != nullptr;
+      add(A, a->A, a->rank * args.K, args.K, 1);
+      add(grad_A, a->grad_A, a->rank * args.K, args.K, 1);
+      add(B, a->B, a->B_strides[0], a->B_strides[2], a->B_strides[1]);
+      add(grad_B, a->grad_B, a->rank * args.N, 1, a->rank);
+      ranks.R += a->rank, ranks.tile_count += static_cast<int>(ceil_div(a->rank, rank_tile));
+      dropout |= a->dropout > 0, any_A |= a->grad_A != nullptr, any_B |= a->grad_B != nullptr;
     }
-    for (Factors* factors : {&A, &grad_A}) factors->slots = 1, factors->R = R, factors->P = args.K;
-    for (Factors* factors : {&B, &grad_B}) factors->slots = 1, factors->R = R, factors->P = args.N;
-  }
-
-  // Where A is fp32 already, it is not packed.
-  const float* in_place() const {
-    return A.count == 1 && A.list[0].dtype == DType::f32 ? static_cast<const float*>(A.list[0].data) : nullptr;
+    A.P = grad_A.P = args.K, B.P = grad_B.P = args.N;
+    for (Factors* factors : {&A, &B, &grad_A, &grad_B}) factors->R = ranks.R;
+    tiles.emplace(stream, ranks.tile_count * static_cast<int64_t>(sizeof(RankTile)));
+    ranks.tiles = tiles->as<RankTile>(), ranks.seed = args.seed;
   }
 };
 
-Rows all_rows(int64_t M) { return {M, {}}; }
+// Factors side by side in fp32: the caller's own memory where they already are, unless the ranks' table is written,
+// too.
+class Packed {
+ public:
+  Packed(const Factors& factors, RankTile* tiles, const Stream& stream)
+      : own_(tiles == nullptr ? in_place(factors) : nullptr),
+        packed_(stream, own_ ? 0 : factors.slots * factors.R * factors.P * 4) {
+    if (own_ == nullptr) pack(factors, packed_.as<float>(), tiles, stream);
+  }
+  const float* data() const { return own_ ? own_ : packed_.as<float>(); }
+
+ private:
+  static const float* in_place(const Factors& factors) {
+    return factors.list.size() == 1 && factors.list[0].dtype == DType::f32
+               ? static_cast<const float*>(factors.list[0].data)
+               : nullptr;
+  }
+
+  const float* own_;
+  const Workspace packed_;
+};
 
 }  // namespace
 
 void lora_linear(const LoraLinearArgs& args, const Stream& stream) {
-  if (args.M == 0 || args.N == 0) return;
-  const Adapters adapters(args);
-  const int64_t R = adapters.R;
-  const Workspace packed_A(stream, adapters.in_place() ? 0 : R * args.K * 4), packed_B(stream, R * args.N * 4);
-  const float* A = adapters.in_place() ? adapters.in_place() : packed_A.as<float>();
-  if (R > 0) {
-    if (!adapters.in_place()) pack(adapters.A, packed_A.as<float>(), stream);
-    pack(adapters.B, packed_B.as<float>(), stream);
-  }
-  down({.rows = all_rows(args.M),
-        .dtype = args.dtype,
-        .X = args.X,
-        .ldx = args.ldx,
-        .Q = args.K,
-        .A = A,
-        .R = R,
-        .segments = adapters.segments,
-        .dropout = adapters.dropout,
-        .U = args.U},
-       stream);
-  linear({.rows = all_rows(args.M),
+  if (args.M == 0) return;
+  const Adapters adapters(args, stream);
+  const Packed B(adapters.B, adapters.tiles->as<RankTile>(), stream), A(adapters.A, nullptr, stream);
+  const Rows rows{args.M, args.groups};
+  down({{rows, args.dtype, args.X, args.ldx, args.K, adapters.ranks, adapters.dropout}, A.data(), args.U}, stream);
+  linear({.rows = rows,
           .P = args.N,
           .Q = args.K,
           .dtype = args.dtype,
@@ -80,9 +86,8 @@ void lora_linear(const LoraLinearArgs& args, const Stream& stream) {
           .reduction_contiguous = !args.W.transposed,
           .bias = args.bias,
           .U = args.U,
-          .L = packed_B.as<float>(),
-          .R = R,
-          .segments = adapters.segments,
+          .L = B.data(),
+          .ranks = adapters.ranks,
           .dropout = false,
           .Y = args.Y},
          stream);
@@ -90,30 +95,19 @@ void lora_linear(const LoraLinearArgs& args, const Stream& stream) {
 
 void lora_linear_backward(const LoraLinearBackwardArgs& backward, const Stream& stream) {
   const LoraLinearArgs& args = backward.of;
-  const Adapters adapters(args);
-  const int64_t R = adapters.R, M = args.M, K = args.K, N = args.N;
-  const bool wants_V = R > 0 && (adapters.any_A || backward.dX != nullptr);
-  const Workspace V(stream, wants_V ? M * R * 4 : 0), packed_B(stream, wants_V ? R * N * 4 : 0);
-  const Workspace packed_A(stream, wants_V && backward.dX && !adapters.in_place() ? R * K * 4 : 0);
-  if (wants_V && M > 0) {
-    pack(adapters.B, packed_B.as<float>(), stream);
-    down({.rows = all_rows(M),
-          .dtype = args.dtype,
-          .X = backward.G,
-          .ldx = backward.ldg,
-          .Q = N,
-          .A = packed_B.as<float>(),
-          .R = R,
-          .segments = adapters.segments,
-          .dropout = false,
-          .U = V.as<float>()},
-         stream);
-  }
-  if (backward.dX != nullptr && M > 0 && K > 0) {
-    if (packed_A.as<float>()) pack(adapters.A, packed_A.as<float>(), stream);
-    linear({.rows = all_rows(M),
-            .P = K,
-            .Q = N,
+  const Adapters adapters(args, stream);
+  const Packed B(adapters.B, adapters.tiles->as<RankTile>(), stream);
+  const Rows rows{args.M, args.groups};
+  const Input X{rows, args.dtype, args.X, args.ldx, args.K, adapters.ranks, adapters.dropout};
+  const Input G{rows, args.dtype, backward.G, backward.ldg, args.N, adapters.ranks, false};
+  const bool wants_V = adapters.any_A || backward.dX;
+  const Workspace V(stream, wants_V ? args.M * adapters.ranks.R * 4 : 0);
+  if (wants_V) down({G, B.data(), V.as<float>()}, stream);
+  if (backward.dX) {
+    const Packed A(adapters.A, nullptr, stream);
+    linear({.rows = rows,
+            .P = args.K,
+            .Q = args.N,
             .dtype = args.dtype,
             .compute = args.W.compute,
             .X = backward.G,
@@ -121,37 +115,14 @@ void lora_linear_backward(const LoraLinearBackwardArgs& backward, const Stream& 
             .W = args.W,
             .reduction_contiguous = args.W.transposed,
             .U = V.as<float>(),
-            .L = packed_A.as<float>() ? packed_A.as<float>() : adapters.in_place(),
-            .R = R,
-            .segments = adapters.segments,
+            .L = A.data(),
+            .ranks = adapters.ranks,
             .dropout = adapters.dropout,
             .Y = backward.dX},
            stream);
   }
-  if (adapters.any_A)
-    outer({.rows = all_rows(M),
-           .dtype = args.dtype,
-           .slots = 1,
-           .R = R,
-           .P = K,
-           .V = V.as<float>(),
-           .X = args.X,
-           .ldx = args.ldx,
-           .segments = adapters.segments,
-           .dropout = adapters.dropout},
-          adapters.grad_A, stream);
-  if (adapters.any_B)
-    outer({.rows = all_rows(M),
-           .dtype = args.dtype,
-           .slots = 1,
-           .R = R,
-           .P = N,
-           .V = args.U,
-           .X = backward.G,
-           .ldx = backward.ldg,
-           .segments = adapters.segments,
-           .dropout = false},
-          adapters.grad_B, stream);
+  if (adapters.any_A) outer(X, V.as<float>(), adapters.grad_A, stream);
+  if (adapters.any_B) outer(G, args.U, adapters.grad_B, stream);
 }
 
 }  // namespace peftfast::cuda

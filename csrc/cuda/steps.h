@@ -9,20 +9,34 @@
 // odd 4-bit shapes run the plain kernels. The low-rank part has fp32 factors and sums throughout.
 #pragma once
 
+#include <vector>
+
 #include "common.cuh"
 
 namespace peftfast::cuda {
 
-struct Down {
+// X as the low-rank steps read it.
+struct Input {
   Rows rows;
-  DType dtype;    // of X
-  const void* X;  // [M, Q]
-  int64_t ldx, Q;
-  const float* A;  // [slots, R, Q]
-  int64_t R;
-  Segments segments;
-  bool dropout;  // else thresholds and keep_scale are not looked at
-  float* U;      // [M, R], out; zeros where there is no slot
+  DType dtype;
+  const void* X;  // [M, columns]
+  int64_t ld, columns;
+  Ranks ranks;
+  bool dropout;  // of X; else thresholds and keep_scale are not looked at
+};
+
+struct Down {
+  Input in;
+  const float* A;  // [slots, R, columns]
+  float* U;        // [M, R], out; zeros where there is no slot
+};
+
+struct Outer {
+  Input in;
+  const float* V;  // [M, R]
+  int64_t slots;
+  float* D;  // [splits, slots, R, columns], out
+  int64_t splits, rows_per_split;
 };
 
 struct Linear {
@@ -35,43 +49,32 @@ struct Linear {
   bool reduction_contiguous;  // W is stored [P, Q], else [Q, P]
   const float* bias;          // [experts, P] or null
   const float *U, *L;         // [M, R]; [slots, R, P]
-  int64_t R;
-  Segments segments;
+  Ranks ranks;
   bool dropout;  // of the low-rank term
   void* Y;       // [M, P], out; zeros in rows of no group
 };
 
-struct Outer {
-  Rows rows;
-  DType dtype;  // of X
-  int64_t slots, R, P;
-  const float* V;  // [M, R]
-  const void* X;   // [M, P]
-  int64_t ldx;
-  Segments segments;
-  bool dropout;
-  float* D;  // [splits, slots, R, P], out
-  int64_t splits, rows_per_split;
-};
-
-// One factor to or from fp32: value [slot][j][p] at slot * strides[0] + j * strides[1] + p * strides[2] of `data`.
+// One adapter's factor, or the gradient of it: value [slot][j][p] at slot * strides[0] + j * strides[1] + p *
+// strides[2].
 struct Factor {
   void* data;
   DType dtype;
-  int64_t rank, strides[3];
+  int64_t strides[3];
+  RankTile ranks;  // its own, as if they were one tile
+  int first_tile;  // of its ranks, among all
 };
+// Of all adapters, [slots, R, P] side by side.
 struct Factors {
-  int count;
-  Factor list[most_adapters];
-  int64_t slots, R, P;  // all of them side by side: [slots, R, P]
+  std::vector<Factor> list;
+  int64_t slots, R, P;
 };
 
-void pack(const Factors& factors, float* out, const Stream& stream);
-// Sums the splits of D in their order and writes each factor's gradient; those without data are left out.
-void unpack(const Factors& factors, const float* D, int64_t splits, const Stream& stream);
+// To fp32; and the table of the ranks, unless it is null.
+void pack(const Factors& factors, float* out, RankTile* tiles, const Stream& stream);
 void down(const Down& args, const Stream& stream);
 void linear(const Linear& args, const Stream& stream);
-void outer(Outer args, const Factors& gradients, const Stream& stream);
+// Writes D, summed over rows, to the gradients; those without data are left out.
+void outer(const Input& in, const float* V, const Factors& gradients, const Stream& stream);
 void decode(const FourBitMatrix& W, int64_t count, DType dtype, void* out, const Stream& stream);
 
 // The kernels that `linear` picks from, by what the operands are.

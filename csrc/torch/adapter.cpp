@@ -21,11 +21,11 @@ class Parameters {
              const Optional& seed)
       : down_(down_weight),
         up_(up_weight),
-        down_bias_(down_bias, sizes(x, down_weight).D, "down_bias"),
-        up_bias_(up_bias, x.size(1), "up_bias"),
-        norm_weight_(norm_weight, x.size(1), "norm_weight"),
-        norm_bias_(norm_bias, x.size(1), "norm_bias"),
-        scaling_(learned_scaling, 1, "learned_scaling"),
+        down_bias_(down_bias, {sizes(x, down_weight).D}, "down_bias"),
+        up_bias_(up_bias, {x.size(1)}, "up_bias"),
+        norm_weight_(norm_weight, {x.size(1)}, "norm_weight"),
+        norm_bias_(norm_bias, {x.size(1)}, "norm_bias"),
+        scaling_(learned_scaling, {1}, "learned_scaling"),
         X_(with_contiguous_rows(x)) {
     const auto [M, H, D] = sizes(x, down_weight);
     check_matrix(down_weight, "down_weight", D, H);

@@ -39,10 +39,18 @@ inline DType dtype_of(const Tensor& t, const char* name) {
   }
 }
 
-inline void check_matrix(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
+inline void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
   STD_TORCH_CHECK(on_device(t), name, " must be ", the_device, ".");
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, " has shape ", shape_text(t),
-                  ", expected [", rows, ", ", columns, "].");
+  bool same = t.dim() == static_cast<int64_t>(shape.size());
+  std::string wanted;
+  for (size_t i = 0; same && i < shape.size(); ++i) same = t.size(static_cast<int64_t>(i)) == shape.begin()[i];
+  if (same) return;
+  for (const int64_t size : shape) wanted += (wanted.empty() ? "" : ", ") + std::to_string(size);
+  STD_TORCH_CHECK(false, name, " has shape ", shape_text(t), ", expected [", wanted, "].");
+}
+
+inline void check_matrix(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
+  check_shape(t, name, {rows, columns});
 }
 
 inline void check_dtype(const Tensor& t, const char* name, ScalarType wanted, const char* as) {

@@ -68,32 +68,13 @@ std::tuple<Tensor, Tensor> fourbit_linear_op(const Tensor& x, const Tensor& pack
                                              int64_t compute_dtype) {
   const Host host(x);
   STD_TORCH_CHECK(x.dim() == 2, "x must have 2 dimensions here, got ", x.dim(), ".");
-  STD_TORCH_CHECK(on_device(x), "x must be ", the_device, ".");
   STD_TORCH_CHECK(out_features >= 0, "out_features is ", out_features, ".");
-  const int64_t M = x.size(0), K = x.size(1), N = out_features;
-  const DType dtype = dtype_of(x, "x");
-  const FourBitMatrix W = matrix_of(packed, absmax, nested_absmax, nested_code, nested_offset, blocksize,
-                                    nested_blocksize, quant_type, N * K);
-  const AdapterList adapters(lora_A, lora_B, scaling, dropout, K, N, dtype);
-  const Bias bias32(bias, N);
-  const int64_t* seed_data = seed_of(seed, adapters.any_dropout);
-  const Tensor X = with_contiguous_rows(x);
-  Tensor y = empty({M, N}, x.scalar_type()), u = empty({M, adapters.rank}, ScalarType::Float);
-  kernels::lora_linear({.M = M,
-                        .N = N,
-                        .K = K,
-                        .dtype = dtype,
-                        .X = X.const_data_ptr(),
-                        .ldx = leading_dimension(X),
-                        .W = {.fourbit = W, .compute = numbered_dtype(compute_dtype, "compute_dtype")},
-                        .bias = bias32.data(),
-                        .adapters = adapters.plain.data(),
-                        .adapter_count = static_cast<int>(adapters.plain.size()),
-                        .seed = seed_data,
-                        .U = static_cast<float*>(u.mutable_data_ptr()),
-                        .Y = y.mutable_data_ptr()},
-                       host);
-  return {y, u};
+  const int64_t N = out_features, K = x.size(1);
+  const BaseWeight W{.fourbit = matrix_of(packed, absmax, nested_absmax, nested_code, nested_offset, blocksize,
+                                          nested_blocksize, quant_type, N * K),
+                     .compute = numbered_dtype(compute_dtype, "compute_dtype")};
+  const AdapterList adapters(lora_A, lora_B, scaling, dropout, K, N, dtype_of(x, "x"));
+  return forward(host, x, {N, K, W, {}}, Bias(bias, {N}).data(), adapters, seed);
 }
 
 // grad_y [M, N] -> (grad_x [M, K], grad_A, grad_B); what is not wanted comes back empty.
@@ -107,34 +88,12 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fourbit_linear_back
   const Host host(x);
   STD_TORCH_CHECK(x.dim() == 2 && grad_y.dim() == 2, "x and grad_y must have 2 dimensions here, got ", x.dim(), " and ",
                   grad_y.dim(), ".");
-  const int64_t M = x.size(0), K = x.size(1), N = grad_y.size(1);
-  check_matrix(x, "x", M, K);
-  check_matrix(grad_y, "grad_y", M, N);
-  check_dtype(grad_y, "grad_y", x.scalar_type(), "x");
-  const DType dtype = dtype_of(x, "x");
-  const FourBitMatrix W = matrix_of(packed, absmax, nested_absmax, nested_code, nested_offset, blocksize,
-                                    nested_blocksize, quant_type, N * K);
-  AdapterList adapters(lora_A, lora_B, scaling, dropout, K, N, dtype);
-  check_matrix(u, "u", M, adapters.rank);
-  STD_TORCH_CHECK(u.scalar_type() == ScalarType::Float && u.is_contiguous(), "u must be contiguous float32.");
-  const int64_t* seed_data = seed_of(seed, adapters.any_dropout);
-  const Tensor G = with_contiguous_rows(grad_y), X = any_of(want_A) ? with_contiguous_rows(x) : x;
-  Tensor grad_x = empty({want_x ? M : 0, K}, x.scalar_type());
-  const Gradients grads(adapters, want_A, want_B, N, K);
-  const LoraLinearArgs of{.M = M,
-                          .N = N,
-                          .K = K,
-                          .dtype = dtype,
-                          .X = X.const_data_ptr(),
-                          .ldx = leading_dimension(X),
-                          .W = {.fourbit = W, .compute = numbered_dtype(compute_dtype, "compute_dtype")},
-                          .adapters = adapters.plain.data(),
-                          .adapter_count = static_cast<int>(adapters.plain.size()),
-                          .seed = seed_data,
-                          .U = static_cast<float*>(const_cast<void*>(u.const_data_ptr()))};
-  kernels::lora_linear_backward(
-      {of, G.const_data_ptr(), leading_dimension(G), want_x ? grad_x.mutable_data_ptr() : nullptr}, host);
-  return {grad_x, grads.A, grads.B};
+  const int64_t N = grad_y.size(1), K = x.size(1);
+  const BaseWeight W{.fourbit = matrix_of(packed, absmax, nested_absmax, nested_code, nested_offset, blocksize,
+                                          nested_blocksize, quant_type, N * K),
+                     .compute = numbered_dtype(compute_dtype, "compute_dtype")};
+  AdapterList adapters(lora_A, lora_B, scaling, dropout, K, N, dtype_of(x, "x"));
+  return backward(host, grad_y, x, {N, K, W, {}}, adapters, u, seed, want_x, want_A, want_B);
 }
 
 }  // namespace

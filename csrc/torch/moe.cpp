@@ -34,66 +34,43 @@ Groups groups_of(const Tensor& offsets, const Tensor& experts, const Tensor& slo
 }
 
 // The weights of all experts: dense [experts, N, K] (or [experts, K, N]), the same in 4 bits, or none.
-struct Weights {
-  std::optional<Tensor> dense;
-  BaseWeight plain{};
-  int64_t experts, N, K;
+struct Experts : Layer {
+  std::optional<Tensor> tensor;
+  int64_t count;
 
-  Weights(const std::optional<Tensor>& weight, const std::optional<Tensor>& absmax,
+  Experts(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& absmax,
           const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
           const std::optional<Tensor>& nested_offset, int64_t blocksize, int64_t nested_blocksize, int64_t quant_type,
-          const std::vector<int64_t>& shape, bool transposed, ScalarType type, int64_t compute_dtype)
-      : dense(weight) {
+          const std::vector<int64_t>& shape, bool transposed, int64_t compute_dtype)
+      : Layer{} {
     STD_TORCH_CHECK(shape.size() == 3 && shape[0] >= 0 && shape[1] >= 0 && shape[2] >= 0,
                     "weight must have 3 dimensions, got ", shape.size(), ".");
-    experts = shape[0], N = shape[transposed ? 2 : 1], K = shape[transposed ? 1 : 2];
-    plain.transposed = transposed;
-    plain.ld = shape[2];
+    count = shape[0], N = shape[transposed ? 2 : 1], K = shape[transposed ? 1 : 2];
+    W.transposed = transposed;
+    W.ld = shape[2];
     if (!weight.has_value()) return;
-    STD_TORCH_CHECK(on_device(*weight), "weight must be ", the_device, ".");
     if (absmax.has_value()) {
-      plain.fourbit = matrix_of(*weight, *absmax, nested_absmax, nested_code, nested_offset, blocksize,
-                                nested_blocksize, quant_type, experts * N * K);
-      plain.compute = numbered_dtype(compute_dtype, "compute_dtype");
+      W.fourbit = matrix_of(*weight, *absmax, nested_absmax, nested_code, nested_offset, blocksize, nested_blocksize,
+                            quant_type, count * N * K);
+      W.compute = numbered_dtype(compute_dtype, "compute_dtype");
     } else {
-      STD_TORCH_CHECK(weight->dim() == 3 && weight->numel() == experts * N * K, "weight has shape ",
-                      shape_text(*weight), ", expected [", shape[0], ", ", shape[1], ", ", shape[2], "].");
-      check_dtype(*weight, "weight", type, "x");
-      dense = as_contiguous(*weight);
-      plain.dense = dense->const_data_ptr();
+      check_shape(*weight, "weight", {shape[0], shape[1], shape[2]});
+      check_dtype(*weight, "weight", x.scalar_type(), "x");
+      tensor = as_contiguous(*weight);
+      W.dense = tensor->const_data_ptr();
     }
   }
 };
 
-struct Stack {
-  std::optional<Tensor> A;
-  LoraStack plain{};
+AdapterList stack_of(const Tensor& x, const std::optional<Tensor>& lora_A, const std::optional<Tensor>& lora_B,
+                     double scaling, double dropout, const Layer& layer) {
+  STD_TORCH_CHECK(lora_A.has_value() == lora_B.has_value(), "lora_A and lora_B must come together.");
+  const DType dtype = dtype_of(x, "x");
+  if (!lora_A.has_value()) return AdapterList({}, {}, {}, {}, layer.K, layer.N, dtype, true);
+  return AdapterList({*lora_A}, {*lora_B}, {scaling}, {dropout}, layer.K, layer.N, dtype, true);
+}
 
-  Stack(const std::optional<Tensor>& lora_A, const std::optional<Tensor>& lora_B, double scaling, double dropout,
-        int64_t N, int64_t K, DType base) {
-    STD_TORCH_CHECK(lora_A.has_value() == lora_B.has_value(), "lora_A and lora_B must come together.");
-    if (!lora_A.has_value()) return;
-    STD_TORCH_CHECK(on_device(*lora_A) && on_device(*lora_B), "lora_A and lora_B must be ", the_device, ".");
-    STD_TORCH_CHECK(lora_A->dim() == 3 && lora_A->size(2) == K, "lora_A has shape ", shape_text(*lora_A),
-                    ", expected [slots, rank, ", K, "].");
-    const int64_t slots = lora_A->size(0), rank = lora_A->size(1);
-    STD_TORCH_CHECK(lora_B->dim() == 3 && lora_B->size(0) == slots && lora_B->size(1) == N && lora_B->size(2) == rank,
-                    "lora_B has shape ", shape_text(*lora_B), ", expected [", slots, ", ", N, ", ", rank, "].");
-    check_dtype(*lora_B, "lora_B", lora_A->scalar_type(), "lora_A");
-    const DType dtype = dtype_of(*lora_A, "lora_A");
-    STD_TORCH_CHECK(dtype == base || dtype == DType::f32, "lora_A must be float32 or have the dtype of x.");
-    STD_TORCH_CHECK(dropout >= 0 && dropout < 1, "dropout must be in [0, 1), got ", dropout, ".");
-    A = as_contiguous(*lora_A);
-    plain = {.slots = slots,
-             .rank = rank,
-             .dtype = dtype,
-             .A = A->const_data_ptr(),
-             .B = lora_B->const_data_ptr(),
-             .B_strides = {lora_B->stride(0), lora_B->stride(1), lora_B->stride(2)},
-             .scaling = static_cast<float>(scaling),
-             .dropout = static_cast<float>(dropout)};
-  }
-};
+int64_t slots_of(const AdapterList& stack) { return stack.plain.empty() ? 0 : stack.plain[0].slots; }
 
 // x [M, K] in groups, weight [experts, N, K] or none -> (y [M, N], u [M, rank] fp32)
 std::tuple<Tensor, Tensor> grouped_linear_op(const Tensor& x, std::optional<Tensor> weight,
@@ -105,36 +82,11 @@ std::tuple<Tensor, Tensor> grouped_linear_op(const Tensor& x, std::optional<Tens
                                              std::optional<Tensor> lora_A, std::optional<Tensor> lora_B, double scaling,
                                              double dropout, std::optional<Tensor> seed, int64_t compute_dtype) {
   const Host host(x);
-  STD_TORCH_CHECK(x.dim() == 2, "x must have 2 dimensions here, got ", x.dim(), ".");
-  const Weights W(weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, nested_blocksize, quant_type,
-                  shape, transposed, x.scalar_type(), compute_dtype);
-  const int64_t M = x.size(0);
-  check_matrix(x, "x", M, W.K);
-  const DType dtype = dtype_of(x, "x");
-  const Stack stack(lora_A, lora_B, scaling, dropout, W.N, W.K, dtype);
-  std::optional<Tensor> bias32;
-  if (bias.has_value()) {
-    check_matrix(*bias, "bias", W.experts, W.N);
-    dtype_of(*bias, "bias");
-    bias32 = as_contiguous(torch::stable::to(*bias, ScalarType::Float));
-  }
-  const Tensor X = with_contiguous_rows(x);
-  Tensor y = empty({M, W.N}, x.scalar_type()), u = empty({M, stack.plain.rank}, ScalarType::Float);
-  kernels::grouped_linear({.M = M,
-                           .N = W.N,
-                           .K = W.K,
-                           .dtype = dtype,
-                           .groups = groups_of(offsets, experts, slots, M, W.experts, stack.plain.slots),
-                           .X = X.const_data_ptr(),
-                           .ldx = leading_dimension(X),
-                           .W = W.plain,
-                           .bias = bias32 ? static_cast<const float*>(bias32->const_data_ptr()) : nullptr,
-                           .lora = stack.plain,
-                           .seed = seed_of(seed, stack.plain.dropout > 0),
-                           .U = static_cast<float*>(u.mutable_data_ptr()),
-                           .Y = y.mutable_data_ptr()},
-                          host);
-  return {y, u};
+  Experts base(x, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, nested_blocksize, quant_type,
+               shape, transposed, compute_dtype);
+  const AdapterList stack = stack_of(x, lora_A, lora_B, scaling, dropout, base);
+  base.groups = groups_of(offsets, experts, slots, x.size(0), base.count, slots_of(stack));
+  return forward(host, x, base, Bias(bias, {base.count, base.N}).data(), stack, seed);
 }
 
 // grad_y [M, N] -> (grad_x [M, K], grad_A, grad_B); what is not wanted comes back empty.
@@ -146,40 +98,15 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward_op(
     std::optional<Tensor> lora_B, const Tensor& u, double scaling, double dropout, std::optional<Tensor> seed,
     int64_t compute_dtype, bool want_x, bool want_A, bool want_B) {
   const Host host(x);
-  STD_TORCH_CHECK(x.dim() == 2, "x must have 2 dimensions here, got ", x.dim(), ".");
-  const Weights W(weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, nested_blocksize, quant_type,
-                  shape, transposed, x.scalar_type(), compute_dtype);
-  const int64_t M = x.size(0);
-  check_matrix(x, "x", M, W.K);
-  check_matrix(grad_y, "grad_y", M, W.N);
-  check_dtype(grad_y, "grad_y", x.scalar_type(), "x");
-  const DType dtype = dtype_of(x, "x");
-  Stack stack(lora_A, lora_B, scaling, dropout, W.N, W.K, dtype);
-  LoraStack& lora = stack.plain;
-  check_matrix(u, "u", M, lora.rank);
-  STD_TORCH_CHECK(u.scalar_type() == ScalarType::Float && u.is_contiguous(), "u must be contiguous float32.");
-  const ScalarType type = lora_A.has_value() ? lora_A->scalar_type() : ScalarType::Float;
-  want_A &= lora_A.has_value(), want_B &= lora_A.has_value();
-  Tensor grad_x = empty({want_x ? M : 0, W.K}, x.scalar_type());
-  Tensor grad_A = empty({want_A ? lora.slots : 0, lora.rank, W.K}, type);
-  Tensor grad_B = empty({want_B ? lora.slots : 0, W.N, lora.rank}, type);
-  if (want_A) lora.grad_A = grad_A.mutable_data_ptr();
-  if (want_B) lora.grad_B = grad_B.mutable_data_ptr();
-  const Tensor G = with_contiguous_rows(grad_y), X = want_A ? with_contiguous_rows(x) : x;
-  const GroupedLinearArgs of{.M = M,
-                             .N = W.N,
-                             .K = W.K,
-                             .dtype = dtype,
-                             .groups = groups_of(offsets, experts, slots, M, W.experts, lora.slots),
-                             .X = X.const_data_ptr(),
-                             .ldx = leading_dimension(X),
-                             .W = W.plain,
-                             .lora = lora,
-                             .seed = seed_of(seed, lora.dropout > 0),
-                             .U = static_cast<float*>(const_cast<void*>(u.const_data_ptr()))};
-  kernels::grouped_linear_backward(
-      {of, G.const_data_ptr(), leading_dimension(G), want_x ? grad_x.mutable_data_ptr() : nullptr}, host);
-  return {grad_x, grad_A, grad_B};
+  Experts base(x, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, nested_blocksize, quant_type,
+               shape, transposed, compute_dtype);
+  AdapterList stack = stack_of(x, lora_A, lora_B, scaling, dropout, base);
+  base.groups = groups_of(offsets, experts, slots, x.size(0), base.count, slots_of(stack));
+  const size_t count = stack.plain.size();  // one or none
+  const auto [grad_x, grad_A, grad_B] = backward(host, grad_y, x, base, stack, u, seed, want_x,
+                                                 std::vector<bool>(count, want_A), std::vector<bool>(count, want_B));
+  if (count == 0) return {grad_x, empty({0, 0, base.K}, ScalarType::Float), empty({0, base.N, 0}, ScalarType::Float)};
+  return {grad_x, grad_A[0], grad_B[0]};
 }
 
 CombineArgs combine_args(const Tensor& x, const std::optional<Tensor>& weights, const Tensor& places) {

@@ -73,7 +73,7 @@ struct RmsNorm {
   RmsNormArgs plain;
 
   RmsNorm(const Tensor& x_, const std::optional<Tensor>& weight_, double eps, double offset, bool cast_first)
-      : x(checked(x_)), weight(weight_, x.size(1), "weight"), out(x.scalar_type()) {
+      : x(checked(x_)), weight(weight_, {x.size(1)}, "weight"), out(x.scalar_type()) {
     // As torch promotes two floating dtypes.
     if (cast_first && weight_.has_value() && weight_->scalar_type() != out) out = ScalarType::Float;
     const DType dtype = dtype_of(x, "x");
