@@ -20,10 +20,11 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import peftfast
-from peftfast.cli import data
+from peftfast.cli.config_file import read_config
 from peftfast.cli.errors import UserError
 from peftfast.cli.merge import merge
 from peftfast.cli.model import load_config, load_model
+from peftfast.cli.records import read_records
 from peftfast.integrations.conversion import convert
 from peftfast.nn import quantize_linears
 
@@ -169,13 +170,28 @@ def refused_or_done(call, *arguments):
 @given(content=st.binary(max_size=200) | st.lists(lines, max_size=4).map(
     lambda records: "\n".join(map(json.dumps, records)).encode()
 ))  # fmt: skip
-@pytest.mark.parametrize("suffix", [".jsonl", ".txt"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".txt", ".parquet"])
 def test_corrupt_data(tmp_path, suffix, content):
     path = tmp_path / f"data{suffix}"
     path.write_bytes(content)
-    records = refused_or_done(data.read_records, path)
+    records = refused_or_done(read_records, path)
     if records is not None:
         assert records and all(isinstance(record, dict) for record in records)
+
+
+@corrupt
+@given(
+    told=st.dictionaries(
+        st.sampled_from(["base_model", "datasets", "adapter", "lora_r", "load_in_4bit", "bf16", "other"]),
+        anything,
+    ),
+    text=st.text(max_size=20),
+)
+def test_corrupt_settings_files(tmp_path, told, text):
+    path = tmp_path / "config.yaml"
+    for content in (json.dumps(told), text, json.dumps(told) + text):
+        path.write_text(content, encoding="utf-8")
+        refused_or_done(read_config, path)
 
 
 @corrupt
