@@ -48,6 +48,9 @@ from peftfast.cli.train import RESULT_FILE, train
 from peftfast.demo.pretrain import build_tokenizer
 
 PROCESSES, STEPS, BATCH = 2, 3, 4  # the batch is that of all processes together
+EPSILON = (
+    1e-4  # of Adam: where a gradient is next to nothing, its default makes of the order of a sum a whole step
+)
 VOCABULARY = 64
 SIZES = dict(
     vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
@@ -148,7 +151,8 @@ def train_by_trainer(case, folder, processes, **options):
 def trainer_for(model, folder, processes, **options):
     arguments = dict(
         output_dir=str(folder / "trainer"), per_device_train_batch_size=BATCH // processes, max_steps=STEPS,
-        learning_rate=1e-2, lr_scheduler_type="constant", max_grad_norm=0.1, logging_steps=1, save_strategy="no",
+        learning_rate=1e-2, adam_epsilon=EPSILON, lr_scheduler_type="constant", max_grad_norm=0.1, logging_steps=1,
+        save_strategy="no",
         report_to="none", use_cpu=True, disable_tqdm=True, seed=0, logging_nan_inf_filter=False,
     )  # fmt: skip
     rows = [{"input_ids": sample, "labels": sample} for sample in samples()]
@@ -162,7 +166,7 @@ def trainer_for(model, folder, processes, **options):
 
 def optimizer_for(model):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=1e-2)
+    return torch.optim.AdamW(trained, lr=1e-2, eps=EPSILON)
 
 
 def train_by_hand(model, optimizer, steps, rank=0, processes=1):
@@ -407,7 +411,7 @@ def two_processes(folder, one_process):
 
 
 def assert_same_adapter(found, expected, tolerance=1e-5):
-    """Adam divides by the root of squared gradients: summing in another order shows there the most."""
+    """Up to the order of sums."""
     assert found.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(
@@ -470,7 +474,7 @@ def test_fully_sharded_by_trainer(two_processes, folder, case):
 def test_tensor_parallel(two_processes):
     for results in two_processes["parallel"]:
         found = results["tensor"]
-        assert torch.equal(found["ours"], found["stock"])
+        torch.testing.assert_close(found["ours"], found["stock"], rtol=1e-5, atol=1e-5)  # the norms are fused
         layers = [reason for kind, reason in found["slow"] if not kind.startswith("loss.")]
         assert layers == ["its base weight is a DTensor"] * 4
 
@@ -544,12 +548,16 @@ def test_one_process_prints(trained, folder):
     assert trained.stdout.count("held-out") == 1 and trained.stdout.count("Adapter:") == 1
 
 
-@pytest.mark.parametrize("rank, told", [("0", 1), ("1", 0)])
-def test_one_process_refuses(rank, told, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "rank, world, who",
+    [("0", "2", "peftfast: "), ("1", "2", "peftfast, process 1: "), ("1", "1", "peftfast: ")],
+)
+def test_a_process_says_which_it_is(rank, world, who, monkeypatch, capsys):
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
     with pytest.raises(SystemExit, match="2"):
         main(["train", "--model", "none", "--data", "none.jsonl", "--out", "none"])
-    assert capsys.readouterr().err.count("peftfast: ") == told
+    assert capsys.readouterr().err.startswith(who)
 
 
 if __name__ == "__main__":

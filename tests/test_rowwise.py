@@ -628,7 +628,7 @@ def with_its_own_forward(model):
 
 
 def with_another_activation(model):
-    model.model.layers[0].mlp.act_fn = torch.nn.Tanh()
+    model.model.layers[0].mlp.act_fn = torch.nn.Mish()
 
 
 def with_a_hook_on_the_activation(model):
@@ -658,7 +658,7 @@ def in_float64(model):
     [
         (with_a_subclass, None),  # of a class that is not transformers': no entry
         (with_its_own_forward, "its forward was replaced"),
-        (with_another_activation, "its activation is a Tanh"),
+        (with_another_activation, "its activation is a Mish"),
         (with_a_hook_on_the_activation, "its activation has hooks"),
         (with_a_projection_in_float64, "its input or weight is torch.float64"),
         (in_float64, "its input or weight is torch.float64"),
@@ -766,3 +766,34 @@ def test_a_compiler_gets_the_models_own_code(monkeypatch):
     with peftfast.enabled(strict=True):
         torch.testing.assert_close(compiled(x), expected)
     assert calls["swiglu"] == 0
+
+
+def test_a_derived_class_is_its_parent_and_arguments_may_be_named(monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    class Derived(LlamaRMSNorm):
+        pass
+
+    class Another(LlamaRMSNorm):
+        def forward(self, hidden_states):
+            return super().forward(hidden_states) + 1
+
+    x, derived, another = torch.randn(3, 32), Derived(32), Another(32)
+    expected = derived(x), another(x)
+    with peftfast.enabled(strict=True):
+        calls = counting(monkeypatch)
+        torch.testing.assert_close(derived(hidden_states=x), expected[0])
+        assert calls["rms_norm"] == 1
+        torch.testing.assert_close(another(x), expected[1])
+
+
+def test_what_came_after_enable_is_not_called_fused():
+    """As a model that is unpickled brings classes without having been initialized."""
+    attributes = {"__module__": _later_forward.__module__, "forward": _later_forward}
+    model = model_of()
+    with peftfast.enabled():
+        norm = type("UnpickledRMSNorm", (torch.nn.Module,), attributes)()
+        norm.weight, norm.eps = torch.nn.Parameter(torch.ones(32)), 1e-6
+        model.model.norm = norm
+        (found,) = [entry for entry in peftfast.report(model).rowwise if entry.name == "model.norm"]
+        assert (found.fast, found.reason) == (False, "its class came after peftfast was enabled")

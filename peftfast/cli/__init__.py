@@ -46,8 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _refuse(sentence: str) -> int:
-    if (
-        os.environ.get("RANK", "0") == "0"
-    ):  # of the processes that torchrun starts, which all refuse alike, one tells
-        print(f"peftfast: {sentence}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
+    who = "peftfast" if rank == "0" else f"peftfast, process {rank}"
+    print(f"{who}: {sentence}", file=sys.stderr)
     return 2

@@ -27,6 +27,8 @@ from peftfast.cli.settings import TrainSettings, option
 
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
+PROFILE_FILE = "expert_profile.json"
+HELD_OUT_BY = ("eval_file", "eval_split", "eval_share")  # the first that is told
 KEPT = 2
 # Options in which a run and its continuation may differ; of the data it is the examples that must be the same.
 FREE = ("data", "eval_file", "out", "json", "overwrite", "save_steps", "resume")
@@ -177,7 +179,7 @@ def fingerprint(settings: TrainSettings, examples: list, held_out: list) -> dict
     return {
         "model": hashlib.sha256(repr(stats).encode()).hexdigest(),
         "data": of_examples(examples),
-        "eval_file" if settings.eval_file else "eval_share": of_examples(held_out),
+        next(name for name in HELD_OUT_BY if getattr(settings, name) is not None): of_examples(held_out),
     }
 
 
@@ -187,8 +189,7 @@ def check_fingerprint(checkpoint: Checkpoint, now: dict[str, str]) -> None:
     for name, what in {
         "model": "the weights have been written anew since the run was interrupted",
         "data": "the training examples are not those of the interrupted run",
-        "eval_file": "the held-out examples are not those of the interrupted run",
-        "eval_share": "the held-out examples are not those of the interrupted run",
+        **dict.fromkeys(HELD_OUT_BY, "the held-out examples are not those of the interrupted run"),
     }.items():
         if before.get(name) != now.get(name):
             raise UserError(f"--resume: {option(name)}: {what}.")

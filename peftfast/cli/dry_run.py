@@ -25,6 +25,7 @@ from transformers import masking_utils
 
 import peftfast
 from peftfast.cli.experts import experts_of
+from peftfast.integrations import losses
 from peftfast.integrations.experts import quantized_parameters, quantized_weights
 from peftfast.nn.quantized import QuantizedLayer
 
@@ -73,7 +74,7 @@ class DryRun:
                 parameter.grad = torch.empty_like(parameter) if accumulation else None
             recorder = _Recorder([*self.known, *(it.grad for it in trained if accumulation)])
             handles = _mark_segments(self.model, recorder)
-            with recorder, _masks_as_with_data(), peftfast.enabled():
+            with recorder, _looking_at_values(), peftfast.enabled():
                 tokens = torch.zeros(batch_size, sequence_len, dtype=torch.int64)
                 loss = self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
                 loss.backward()
@@ -208,17 +209,20 @@ def _peak(segments: Iterable[_Segment]) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def _masks_as_with_data() -> Iterator[None]:
-    """Has transformers look at what masks hold, as in training, though tensors without data remind it of tracing.
+def _looking_at_values() -> Iterator[None]:
+    """Has transformers look at what masks hold, and the loss at labels, as in training.
 
-    The recorder then answers that nothing is padded or packed, and attention runs without a mask of its own.
+    The recorder then answers that nothing is padded or packed, so that attention runs without a mask of its own, and
+    that all labels count.
     """
     before = masking_utils.is_tracing
     masking_utils.is_tracing = lambda tensor=None: False
+    losses.fake_values_are_answered = True
     try:
         yield
     finally:
         masking_utils.is_tracing = before
+        losses.fake_values_are_answered = False
 
 
 # ---- the model without memory ------------------------------------------------------------------------------

@@ -92,6 +92,8 @@ def _read_file(path: Path, kind: str | None) -> list[dict]:
     if not content.strip():
         raise UserError(f"{path} is empty.")
     if path.suffix == ".txt":
+        if kind not in (None, "text"):
+            raise UserError(f"{path} is text: it has no {kind} data, which --data-type asks for.")
         return [{"text": content}]
     if path.suffix == ".csv":
         return _checked(_csv_rows(path, content), path, kind)
@@ -131,6 +133,15 @@ def _read_folder(folder: Path, split: str, kind: str | None) -> list[dict]:
     for name, paths in found.items():
         if files := [path for path in map(Path, paths) if path.suffix in SUFFIXES]:
             splits[str(name)] = sorted(files)
+    left = {path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file()}
+    left -= {path for paths in splits.values() for path in paths}
+    left = sorted(
+        path
+        for path in left
+        if not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
+    )
+    if left:  # `datasets` leaves out what has no such word in its name as soon as another file has one
+        splits[SPLIT] = sorted([*splits.get(SPLIT, []), *left])
     if not splits:
         raise UserError(f"{folder} holds no data file, whose name would end in {listed(SUFFIXES)}.")
     if split not in splits:

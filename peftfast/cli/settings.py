@@ -317,7 +317,7 @@ class TrainSettings:
                 raise UserError(f"{option(name)} is a number of at least 0, not {value}.")
         if self.prompt_init_text is not None and not self.prompt_init_text.strip():
             raise UserError("--prompt-init-text is empty.")
-        if self.eval_steps and not self.eval_file and not self.eval_share:
+        if self.eval_steps and not (self.eval_file or self.eval_split or self.eval_share):
             raise UserError("--eval-steps goes with held-out data, and --eval-share 0 holds out none.")
         if self.method == "prefix" and self.gradient_checkpointing and self.backend == "peft":
             raise MethodError(

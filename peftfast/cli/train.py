@@ -26,6 +26,7 @@ from typer import Argument, Context
 from peftfast.cli import data, methods, packing
 from peftfast.cli.answer import answer
 from peftfast.cli.checkpoints import (
+    PROFILE_FILE,
     Checkpoint,
     Checkpoints,
     check_fingerprint,
@@ -43,7 +44,6 @@ from peftfast.cli.settings import BITSANDBYTES_OPTIMIZERS, DTYPES, TrainSettings
 
 RESULT_FILE = "train_result.json"
 ANSWERS_FILE = "held_out_answers.jsonl"
-PROFILE_FILE = "expert_profile.json"
 LOG_FILE, PICTURE_FILE = "train_log.jsonl", "loss.png"
 PROFILED_EXAMPLES = 256  # by which --experts profile: chooses, at most
 
@@ -120,8 +120,8 @@ def train(settings: TrainSettings, console: Console | None = None) -> TrainResul
     """Fine-tune as told and write adapter, tokenizer and record to `settings.out`.
 
     Nothing is written until everything is there: the folder appears complete or not at all. Checkpoints are beside it.
-    Of several processes (torchrun, accelerate launch) each trains on its share of a batch, and the first alone
-    evaluates, writes and prints; the others return None.
+    Of several processes (torchrun, accelerate launch) each trains on its share of a batch, and the first alone writes
+    and prints; the others return None.
 
     Raises:
         UserError: the model or the data cannot be used, the output would overwrite something, there is nothing to
@@ -236,11 +236,11 @@ def _fine_tune(
                 highlight=False,
             )
         model = adapted.model
-        if settings.save_steps or checkpoint or checkpoints.newest():
+        is_first = PartialState().is_main_process
+        if is_first and (settings.save_steps or checkpoint or checkpoints.newest()):
             stack.enter_context(checkpoints.opened())
             if not checkpoint:
                 checkpoints.forget()
-        is_first = PartialState().is_main_process
         output = _folder_written_at_once(settings, checkpoints) if is_first else tempfile.TemporaryDirectory()
         folder = Path(stack.enter_context(output))
         run = Run(told={"settings": jsonable(settings)})
@@ -502,6 +502,8 @@ def _folder_written_at_once(settings: TrainSettings, checkpoints: Checkpoints) -
         yield folder
         check_output(settings)
         folder.chmod(0o777 & ~_umask())
+        for path in folder.iterdir():  # safetensors lets its owner alone read a file
+            path.chmod(0o666 & ~_umask())
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=beside) as aside:
             if out.exists():

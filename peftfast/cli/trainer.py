@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from peftfast.cli.checkpoints import Checkpoint, Checkpoints, written
+from peftfast.cli.checkpoints import PROFILE_FILE, Checkpoint, Checkpoints, written
 from peftfast.cli.data import IGNORED
 from peftfast.cli.errors import UserError, first_sentence
 from peftfast.cli.experts import balanced
@@ -29,7 +29,6 @@ from peftfast.cli.progress import peak_memory_mib
 from peftfast.cli.settings import TrainSettings
 
 WEIGHTS_FILE = "trained_weights.safetensors"
-PROFILE_FILE = "expert_profile.json"
 
 
 @dataclass
@@ -94,6 +93,10 @@ class FineTuner(Trainer):
             **arguments,
         )
         self.remove_callback(PrinterCallback)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise UserError(
+                "peftfast train shares batches among processes, not weights: launch it without FSDP and DeepSpeed."
+            )
         self.settings, self.adapted, self.run, self.checkpoints = settings, adapted, run, checkpoints
         self._started: float | None = None  # while training
 
@@ -283,7 +286,7 @@ def training_arguments(settings: TrainSettings, folder: Path, examples: int) -> 
         settings.epochs * math.ceil(batches / settings.gradient_accumulation_steps)
     )
     autocast = settings.method == "full" and settings.dtype == "bf16"
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=settings.micro_batch_size,
         per_device_eval_batch_size=settings.micro_batch_size,
@@ -313,6 +316,9 @@ def training_arguments(settings: TrainSettings, folder: Path, examples: int) -> 
         remove_unused_columns=False,
         seed=settings.seed,
     )
+    # One process trains on one GPU: several would multiply the batch by replicas, which torchrun does better.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def check_bitsandbytes(optimizer: str) -> None:
@@ -322,7 +328,13 @@ def check_bitsandbytes(optimizer: str) -> None:
     weight.grad = torch.ones_like(weight)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            arguments = TrainingArguments(output_dir=folder, optim=optimizer, report_to="none")
+            # `use_cpu` as in training: another value would have accelerate forget the other processes.
+            arguments = TrainingArguments(
+                output_dir=folder,
+                optim=optimizer,
+                report_to="none",
+                use_cpu=not torch.accelerator.is_available(),
+            )
             kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
         kind([weight], **options).step()
     except ImportError:

@@ -167,6 +167,7 @@ def accelerate(model: nn.Module, strict: bool = False) -> nn.Module:
     for layer in (*layers, *besides):
         forwards.mark(layer, strict)
     forwards.restore(replace(forwards.switch, accelerated=True))
+    rowwise.install_for(model)
     return model
 
 

@@ -22,11 +22,11 @@ from peftfast.integrations import forwards
 from peftfast.integrations.bases import is_plain_tensor
 from peftfast.nn.fourbit import (
     ENTRIES,
-    SHARDED,
     beside,
-    copy_shard,
+    copy_bytes,
     entry_names,
     is_own_weight,
+    is_sharded,
     pack_state,
     unpack_state,
     without_bytes,
@@ -266,8 +266,8 @@ class FourBitExperts(nn.Module):
             if prefix + name in missing_keys:
                 missing_keys.remove(prefix + name)
         for name, quantized in loaded.items():
-            if getattr(self, SHARDED, False):  # the parameter has to stay: FSDP holds it
-                copy_shard(getattr(self, name), quantized.packed)
+            if is_sharded(self):  # the parameter has to stay: FSDP holds it
+                copy_bytes(getattr(self, name), quantized.packed)
                 self.fourbit_weights[name] = without_bytes(quantized)
             else:
                 self.set_fourbit_weight(name, deepcopy(quantized).to(getattr(self, name).device))
@@ -275,7 +275,7 @@ class FourBitExperts(nn.Module):
     def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True):
         """With the entries beside weights that FSDP shards: torch.distributed.checkpoint then loads them too."""
         yield from super().named_buffers(prefix, recurse, remove_duplicate)
-        if getattr(self, SHARDED, False):
+        if is_sharded(self):
             for name, quantized in self.fourbit_weights.items():
                 for entry, value in pack_state(quantized).items():
                     yield f"{prefix}{'.' if prefix else ''}{name}{entry}", value

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class Switch:
 switch = Switch()
 _generation = 0  # marks of an earlier one are void: `disable` ends them all
 _originals: dict[tuple[type, str], Callable] = {}  # what each patched method of a class was
+_installing = threading.Lock()  # models are made, and bring their classes, in any thread
 _last_fallback: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
@@ -80,9 +82,15 @@ def restore(wanted: Switch) -> None:
 
 def install(kind: type, name: str, stand_in_for: Callable) -> None:
     """Puts in place what `stand_in_for` makes of the method, until all is uninstalled; the first one stays."""
-    if (kind, name) not in _originals:
-        original = _originals[kind, name] = getattr(kind, name)
-        setattr(kind, name, functools.wraps(original)(stand_in_for(original)))
+    with _installing:
+        if (kind, name) not in _originals:
+            original = _originals[kind, name] = getattr(kind, name)
+            setattr(kind, name, functools.wraps(original)(stand_in_for(original)))
+
+
+def is_installed(kind: type, name: str) -> bool:
+    """Whether something stands in for the method."""
+    return (kind, name) in _originals
 
 
 def uninstall() -> None:

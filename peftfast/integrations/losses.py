@@ -22,6 +22,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_map
@@ -30,7 +31,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from peftfast.integrations import forwards, peft
 from peftfast.integrations.bases import KINDS, autocast_dtype, is_plain, is_plain_tensor, why_not_input
 from peftfast.integrations.forwards import last_fallback, stand_in, why_not_reached
-from peftfast.integrations.sharding import is_sharded
+from peftfast.nn.fourbit import is_sharded
 from peftfast.ops import EightBitWeight, FourBitWeight, eightbit, fourbit, lora, loss
 
 NAME = "loss"
@@ -187,7 +188,7 @@ class _Projection:
     seed: Tensor | None
 
     def tensors(self) -> list[Tensor]:
-        parts = [self.weight] if isinstance(self.weight, Tensor) else vars(self.weight).values()
+        parts = [self.weight] if isinstance(self.weight, Tensor) else self.weight.tensors()
         parts = (*parts, self.bias, *self.lora_A, *self.lora_B, *self.scaling)
         return [part for part in parts if isinstance(part, Tensor)]
 
@@ -232,7 +233,13 @@ def _why_not_call(model: PreTrainedModel, *args, **kwargs) -> str | None:
     return f"its output embeddings are a {type(layer).__name__}"
 
 
+# Whether somebody answers what is asked of the values of fake tensors, which have none: `peftfast plan`.
+fake_values_are_answered = False
+
+
 def _why_not_input(head: nn.Module, x: Tensor) -> str | None:
+    if isinstance(x, FakeTensor) and not fake_values_are_answered:
+        return "its input is a FakeTensor, and which labels count depends on values"
     layer = _effective(head)
     return peft.why_not_call(layer, x) if isinstance(layer, LoraLayer) else why_not_input(layer, x)
 

@@ -38,6 +38,9 @@ ACTIVATIONS = {
     activations.GELUActivation: "gelu",
     activations.GELUTanh: "gelu_tanh",
     activations.NewGELUActivation: "gelu_tanh",
+    nn.ReLU: "relu",
+    nn.Tanh: "tanh",
+    nn.Identity: "identity",
 }
 
 
@@ -111,14 +114,13 @@ MLPS = (GatedMlp(("gate_proj", "up_proj"), "act_fn"), GatedMlp(("gate_up_proj",)
 
 def answers_for(module: nn.Module) -> bool:
     """Whether the module goes by the name of a norm or a gated MLP of transformers' models."""
-    kind = type(module)
-    if not _is_candidate(kind):
+    if not _is_candidate(_owner(type(module))):
         return False
     return is_norm(module) or any(all(hasattr(module, it) for it in mlp.attributes) for mlp in MLPS)
 
 
 def is_norm(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("RMSNorm")
+    return _owner(type(module)).__name__.endswith("RMSNorm")
 
 
 def kind_of(module: nn.Module) -> str:
@@ -133,6 +135,8 @@ def stand_ins() -> Iterator[tuple[type, str, Callable]]:
 
 
 def why_not(module: nn.Module) -> str | None:
+    if not forwards.is_installed(_owner(type(module)), "forward"):
+        return _why_not_layer(module) or "its class came after peftfast was enabled"
     return why_not_reached(module) or _why_not_layer(module) or last_fallback(module)
 
 
@@ -155,38 +159,52 @@ def _is_candidate(kind: type) -> bool:
 def _stand_in_of(kind: type) -> Iterator[tuple[type, str, Callable]]:
     layer = known(kind) if _is_candidate(kind) else None
     if layer is not None:
-        yield kind, "forward", lambda original: stand_in(original, NAME, _at_rest, _why_not_call, layer.call)
+
+        def fused(module: nn.Module, *args, **kwargs) -> Tensor:
+            return layer.call(module, *args, *kwargs.values())
+
+        yield kind, "forward", lambda original: stand_in(original, NAME, _at_rest, _why_not_call, fused)
+
+
+def install_for(model: nn.Module) -> None:
+    """Puts the stand-ins of the model's classes in place: of those that came after the others'."""
+    for kind in {_owner(type(module)) for module in model.modules()}:
+        for stand_in_for_it in _stand_in_of(kind):
+            forwards.install(*stand_in_for_it)
 
 
 def _post_init(original: Callable) -> Callable:
     def post_init(self):
-        for kind in {type(module) for module in self.modules()}:
-            for stand_in_for_it in _stand_in_of(kind):
-                forwards.install(*stand_in_for_it)
+        install_for(self)
         return original(self)
 
     return post_init
 
 
 def _at_rest(module: nn.Module) -> bool:
-    """A compiler fuses these itself, and with what stands around them."""
-    return torch.compiler.is_compiling()
+    """A compiler fuses these itself, and with what stands around them. What computes something else, of a class derived
+    from the one whose forward this is, say, or with another activation, has nothing to fuse."""
+    return torch.compiler.is_compiling() or _why_not_layer(module) is not None
+
+
+def _owner(kind: type) -> type:
+    """The class whose forward it has."""
+    return next(base for base in kind.__mro__ if "forward" in base.__dict__)
 
 
 def _why_not_layer(module: nn.Module) -> str | None:
-    layer = known(type(module)) if _is_candidate(type(module)) else None
+    kind = _owner(type(module))
+    layer = known(kind) if _is_candidate(kind) else None
     if layer is None:
-        return "its class computes something else, or is derived from one that is fused"
+        return "its class computes something else"
     return layer.why_not(module)
 
 
 def _why_not_call(module: nn.Module, *args, **kwargs) -> str | None:
-    reason = _why_not_layer(module)
-    if reason is not None:
-        return reason
-    if len(args) != 1 or kwargs:
-        return "its forward was given more than its input, or that by name"
-    layer, (x,) = known(type(module)), args
+    values = (*args, *kwargs.values())
+    if len(values) != 1:
+        return "its forward was given more than its input"
+    layer, (x,) = known(_owner(type(module))), values
     return _why_not_tensors(layer.tensors(module, x)) or layer.why_not_input(module, x) or why_not_mode()
 
 

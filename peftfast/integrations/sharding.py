@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from peftfast.nn.fourbit import SHARDED
+from peftfast.nn.fourbit import is_sharded
 
 
 @contextlib.contextmanager
@@ -27,11 +27,6 @@ def as_gathered(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name, parameter in sharded:
             module._parameters[name] = parameter
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP shards the module's own parameters, which it frees after the forward that it gathered them for."""
-    return getattr(module, SHARDED, False)
 
 
 def _sharded(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:

@@ -63,6 +63,16 @@ class EightBitLayer(QuantizedLayer):
         self.weight = nn.Parameter(quantized.codes.detach(), requires_grad=False)
         self.SCB = quantized.absmax.detach()
 
+    @torch.no_grad()
+    def refill(self, quantized: EightBitWeight) -> None:
+        """Makes a copy of `quantized` the weight in place, for layers that share it too, as torch loads a dense one."""
+        if self.is_empty or self.weight.is_meta:
+            quantized = copy.deepcopy(quantized)
+            self.assign(quantized if self.weight.is_meta else quantized.to(self.weight.device))
+            return
+        self.weight.copy_(quantized.codes)
+        self.SCB.copy_(quantized.absmax)
+
     def share(self, other: EightBitLayer) -> None:
         """Makes the weight of `other` that of this layer too: the same parameter, the same scales.
 
@@ -106,11 +116,10 @@ class EightBitLayer(QuantizedLayer):
         for name in names[:2]:
             if name in missing_keys:
                 missing_keys.remove(name)
-        if not local_metadata.get("assign_to_params_buffers", False):
-            quantized = copy.deepcopy(quantized)
-            if not self.weight.is_meta:
-                quantized = quantized.to(self.weight.device)
-        self.assign(quantized)
+        if local_metadata.get("assign_to_params_buffers", False):
+            self.assign(quantized)
+        else:
+            self.refill(quantized)
 
 
 class Linear8bit(EightBitLayer, QuantizedLinear):

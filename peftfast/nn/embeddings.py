@@ -26,7 +26,8 @@ def quantize_embeddings(
 ) -> nn.Module:
     """Puts `Embedding4bit` and `Linear4bit`, or the like in 8 bits, in the place of embeddings and output head.
 
-    Layers that share their weight with one of these go with it, and share it still.
+    Layers that share their weight with one of these go with it, and share it still. What `save_pretrained` writes then
+    cannot be loaded: for that, load the model with `peftfast.FourBitConfig(embeddings=...)`.
 
     Args:
         module: is changed in place.

@@ -8,7 +8,7 @@ import copy
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
@@ -35,6 +35,13 @@ NESTED_ENTRIES = (".nested_absmax", ".nested_quant_map")
 ENTRIES = (*PLAIN_ENTRIES, *NESTED_ENTRIES, *(QUANT_STATE + quant_type for quant_type in FOURBIT_CODEBOOKS))
 
 
+@dataclass
+class _Held:
+    """Of a 4-bit weight all but its bytes: one object of all layers that share the weight."""
+
+    quantized: FourBitWeight | None = None
+
+
 class FourBitLayer(QuantizedLayer):
     """Keeps a weight in bitsandbytes' 4-bit format.
 
@@ -51,13 +58,22 @@ class FourBitLayer(QuantizedLayer):
         self.quant_type, self.blocksize, self.nested = quant_type, blocksize, nested
         packed = torch.empty(self.packed_shape, dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self._quantized: FourBitWeight | None = None  # but for its bytes, which are `weight`
+        self._held = _Held()
 
     @property
     def packed_shape(self) -> tuple[int, int]:
         """bitsandbytes' [bytes, 1]; of an embedding [num_embeddings, bytes to a row], by which PEFT finds one."""
         rows, columns = self.shape
         return (rows, columns // 2) if isinstance(self, nn.Embedding) else ((rows * columns + 1) // 2, 1)
+
+    @property
+    def _quantized(self) -> FourBitWeight | None:
+        """All of the weight but its bytes, which are `weight`."""
+        return self._held.quantized
+
+    @_quantized.setter
+    def _quantized(self, quantized: FourBitWeight | None) -> None:
+        self._held.quantized = quantized
 
     @property
     def is_empty(self) -> bool:
@@ -92,7 +108,7 @@ class FourBitLayer(QuantizedLayer):
         """Makes `quantized`, of this layer's shape, the weight: shared and not copied, in a new parameter."""
         packed = quantized.packed.detach().reshape(-1).view(torch.uint8).view(self.packed_shape)
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self._quantized = without_bytes(quantized)
+        self._held = _Held(without_bytes(quantized))
         self.quant_type, self.blocksize = quantized.quant_type, quantized.blocksize
         self.nested = quantized.nested is not None
 
@@ -103,8 +119,21 @@ class FourBitLayer(QuantizedLayer):
             ValueError: it has another format or shape.
         """
         self.check_format_of(other)
-        self.weight, self._quantized = other.weight, other._quantized
+        self.weight, self._held = other.weight, other._held
         self.quant_type, self.blocksize, self.nested = other.quant_type, other.blocksize, other.nested
+
+    def refill(self, quantized: FourBitWeight) -> None:
+        """Makes a copy of `quantized` the weight in place, for layers that share it too, as torch loads a dense one.
+
+        Where it is of another format, or nothing is there yet, the layer gets a parameter of its own.
+        """
+        old, device = self._quantized, self.weight.device
+        if old is None or self.weight.is_meta or _format(old) != _format(quantized):
+            quantized = copy.deepcopy(quantized)
+            self.assign(quantized if self.weight.is_meta else quantized.to(device))
+            return
+        copy_bytes(self.weight, quantized.packed)
+        self._quantized = copy.deepcopy(without_bytes(quantized)).to(device)
 
     def _apply(self, fn, recurse: bool = True) -> FourBitLayer:
         """Where `.to`, `.half` and the like end: what describes the weight moves with it and is never cast."""
@@ -149,20 +178,18 @@ class FourBitLayer(QuantizedLayer):
         if strict:
             missing_keys.remove(name)
             unexpected_keys += [name + entry for entry in state if entry not in ENTRIES]
-        if getattr(self, SHARDED, False):  # the parameter has to stay: FSDP holds it
-            copy_shard(self.weight, quantized.packed)
+        if is_sharded(self):  # the parameter has to stay: FSDP holds it
+            copy_bytes(self.weight, quantized.packed)
             self._quantized = without_bytes(quantized)
-            return
-        if not local_metadata.get("assign_to_params_buffers", False):
-            quantized = copy.deepcopy(quantized)
-            if not self.weight.is_meta:
-                quantized = quantized.to(self.weight.device)
-        self.assign(quantized)
+        elif local_metadata.get("assign_to_params_buffers", False):
+            self.assign(quantized)
+        else:
+            self.refill(quantized)
 
     def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True):
         """With the entries beside a weight that FSDP shards: torch.distributed.checkpoint then loads them too."""
         yield from super().named_buffers(prefix, recurse, remove_duplicate)
-        if getattr(self, SHARDED, False) and self._quantized is not None:
+        if is_sharded(self) and self._quantized is not None:
             for entry, value in pack_state(self._quantized).items():
                 yield f"{prefix}{'.' if prefix else ''}weight{entry}", value
 
@@ -359,6 +386,15 @@ def quantize_linears(
     return module
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP shards the module's own parameters, which it frees after the forward that it gathered them for."""
+    return getattr(module, SHARDED, False)
+
+
+def _format(quantized: FourBitWeight) -> tuple:
+    return quantized.shape, quantized.quant_type, quantized.blocksize, quantized.nested is None
+
+
 def without_bytes(quantized: FourBitWeight) -> FourBitWeight:
     """What a module keeps of a weight beside its parameter. That alone holds the bytes: FSDP shards and frees it."""
     return replace(quantized, packed=quantized.packed.new_empty(0))
@@ -366,7 +402,8 @@ def without_bytes(quantized: FourBitWeight) -> FourBitWeight:
 
 def beside(quantized: FourBitWeight, weight: Tensor) -> FourBitWeight:
     """`quantized` on the device of its bytes, should they have been moved alone, as FSDP does."""
-    elsewhere = quantized.absmax.device != weight.device and not quantized.absmax.is_meta
+    # Not to the meta device, on which accelerate leaves what it has offloaded: the values would be lost.
+    elsewhere = quantized.absmax.device != weight.device and not (quantized.absmax.is_meta or weight.is_meta)
     return quantized.to(weight.device) if elsewhere else quantized
 
 
@@ -457,10 +494,14 @@ def unpack_state(state: Mapping[str, Tensor], shape: tuple[int, int], name: str 
 
 
 @torch.no_grad()
-def copy_shard(weight: Tensor, packed: Tensor) -> None:
-    """Loads the bytes of a sharded weight, which may be the weight itself."""
+def copy_bytes(weight: Tensor, packed: Tensor) -> None:
+    """Loads the bytes of a weight in place; of one that is sharded, they may be the weight itself."""
     if packed is not weight:
-        weight.copy_(packed)
+        weight.copy_(
+            packed
+            if packed.shape == weight.shape
+            else packed.reshape(-1).view(torch.uint8).view(weight.shape)
+        )
 
 
 def is_own_weight(state: Mapping[str, Tensor], weight: Tensor) -> bool:

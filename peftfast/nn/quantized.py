@@ -14,7 +14,8 @@ class QuantizedLayer(nn.Module):
 
     What depends on its format is of the classes that derive from it: `bits`; `is_empty`, whether nothing has filled the
     weight yet; `quantized_weight`, the weight as the operators take it; `encode` and `dequantize`; `assign`, which
-    makes a weight the layer's; and `share`, which makes that of another layer its own, the same parameter.
+    makes a weight the layer's; `refill`, which does so for all that share it; and `share`, which makes that of another
+    layer its own, the same parameter.
     """
 
     @property
@@ -35,10 +36,7 @@ class QuantizedLayer(nn.Module):
         Raises:
             TypeError, ValueError: `dense` is not usable or not finite; the layer stays as it was.
         """
-        quantized = self.quantize(dense, "dense")
-        if not self.weight.is_meta:
-            quantized = quantized.to(self.weight.device)
-        self.assign(quantized)
+        self.refill(self.quantize(dense, "dense"))
         distance = torch.linalg.vector_norm(self.dequantize(torch.float32).sub_(dense.to(self.weight.device)))
         norm = torch.linalg.vector_norm(dense, dtype=torch.float32)
         return (distance / norm).item() if norm > 0 else 0.0
