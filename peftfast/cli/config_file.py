@@ -59,34 +59,10 @@ TYPES = {
 } | {name: name for name in DATA_TYPES}
 # What axolotl's examples leave blank or switch off. With any other value, they are as unknown as other keys.
 SWITCHED_OFF = (
-    *(
-        "load_in_8bit",
-        "fp16",
-        "tf32",
-        "strict",
-        "group_by_length",
-        "debug",
-        "xformers_attention",
-        "lora_model_dir",
-    ),
-    *(
-        "early_stopping_patience",
-        "dataset_prepared_path",
-        "special_tokens",
-        "local_rank",
-        "deepspeed",
-        "fsdp",
-    ),
-    *(
-        "fsdp_config",
-        "hub_model_id",
-        "wandb_project",
-        "wandb_entity",
-        "wandb_watch",
-        "wandb_name",
-        "wandb_log_model",
-    ),
-)
+    "load_in_8bit", "fp16", "tf32", "strict", "group_by_length", "debug", "xformers_attention", "lora_model_dir",
+    "early_stopping_patience", "dataset_prepared_path", "special_tokens", "local_rank", "deepspeed", "fsdp",
+    "fsdp_config", "hub_model_id", "wandb_project", "wandb_entity", "wandb_watch", "wandb_name", "wandb_log_model",
+)  # fmt: skip
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
 
 

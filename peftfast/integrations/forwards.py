@@ -11,7 +11,7 @@ import importlib.util
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -86,6 +86,13 @@ def install(kind: type, name: str, stand_in_for: Callable) -> None:
         if (kind, name) not in _originals:
             original = _originals[kind, name] = getattr(kind, name)
             setattr(kind, name, functools.wraps(original)(stand_in_for(original)))
+
+
+def subclasses(kind: type) -> Iterator[type]:
+    """All classes derived from it that exist by now; one of several bases of another comes more than once."""
+    for derived in kind.__subclasses__():
+        yield derived
+        yield from subclasses(derived)
 
 
 def is_installed(kind: type, name: str) -> bool:

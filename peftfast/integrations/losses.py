@@ -30,7 +30,7 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from peftfast.integrations import forwards, peft
 from peftfast.integrations.bases import KINDS, autocast_dtype, is_plain, is_plain_tensor, why_not_input
-from peftfast.integrations.forwards import last_fallback, stand_in, why_not_reached
+from peftfast.integrations.forwards import last_fallback, stand_in, subclasses, why_not_reached
 from peftfast.nn.fourbit import is_sharded
 from peftfast.ops import EightBitWeight, FourBitWeight, eightbit, fourbit, lora, loss
 
@@ -52,19 +52,13 @@ def kind_of(model: PreTrainedModel) -> str:
 def stand_ins() -> Iterator[tuple[type, str, Callable]]:
     """Of the classes that exist by now; a model of one that comes later brings its class as it is made."""
     yield PreTrainedModel, "__init__", _init
-    for kind in _subclasses(PreTrainedModel):
+    for kind in subclasses(PreTrainedModel):
         if "forward" in kind.__dict__ and _takes_labels(kind):
             yield kind, "forward", _forward
 
 
 def why_not(model: PreTrainedModel) -> str | None:
     return why_not_reached(model) or _why_not_call(model) or last_fallback(model)
-
-
-def _subclasses(kind: type) -> Iterator[type]:
-    for derived in kind.__subclasses__():
-        yield derived
-        yield from _subclasses(derived)
 
 
 def _takes_labels(kind: type) -> bool:

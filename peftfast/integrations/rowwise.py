@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, activations
 from peftfast import reference
 from peftfast.integrations import forwards
 from peftfast.integrations.bases import is_plain, is_plain_tensor, why_not_mode
-from peftfast.integrations.forwards import last_fallback, stand_in, why_not_reached
+from peftfast.integrations.forwards import last_fallback, stand_in, subclasses, why_not_reached
 from peftfast.ops.devices import KERNEL_DEVICES
 from peftfast.ops.lora import DTYPES
 from peftfast.ops.rowwise import call_rms_norm, call_swiglu
@@ -130,7 +130,7 @@ def kind_of(module: nn.Module) -> str:
 def stand_ins() -> Iterator[tuple[type, str, Callable]]:
     """Of the classes that exist by now; those that come later are found as a model is made of them."""
     yield PreTrainedModel, "post_init", _post_init
-    for kind in set(_subclasses(nn.Module)):
+    for kind in set(subclasses(nn.Module)):
         yield from _stand_in_of(kind)
 
 
@@ -138,12 +138,6 @@ def why_not(module: nn.Module) -> str | None:
     if not forwards.is_installed(_owner(type(module)), "forward"):
         return _why_not_layer(module) or "its class came after peftfast was enabled"
     return why_not_reached(module) or _why_not_layer(module) or last_fallback(module)
-
-
-def _subclasses(kind: type) -> Iterator[type]:
-    for derived in kind.__subclasses__():
-        yield derived
-        yield from _subclasses(derived)
 
 
 def _is_candidate(kind: type) -> bool:
