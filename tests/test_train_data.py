@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -348,6 +349,27 @@ def test_a_folder_without_split_names_is_read_whole(tmp_path):
     for number, record in enumerate(PAIRS):
         write_table(tmp_path / f"{number}.json", [record])
     assert read_records(tmp_path) == PAIRS
+
+
+def test_files_of_no_split_are_of_train(tmp_path, monkeypatch):
+    """Where others have words in their names, too, and however the folder is named."""
+    for name, records in {
+        "train.jsonl": PAIRS[:2],
+        "more.csv": PAIRS[2:4],
+        "b_test.jsonl": PAIRS[4:],
+    }.items():
+        write_table(tmp_path / name, records)
+    write_table(tmp_path / "_hidden.jsonl", PAIRS)
+    monkeypatch.chdir(tmp_path.parent)
+    for folder in (tmp_path, Path(tmp_path.name)):
+        assert read_records(folder) == PAIRS[2:4] + PAIRS[:2]
+        assert read_records(folder, split="test") == PAIRS[4:]
+
+
+def test_text_is_no_other_kind_of_data(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(UserError, match="a.txt is text: it has no messages data"):
+        read_records(tmp_path / "a.txt", kind="messages")
 
 
 def test_a_run_holds_out_a_split(model_folder, tmp_path):

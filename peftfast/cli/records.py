@@ -131,17 +131,17 @@ def _read_folder(folder: Path, split: str, kind: str | None) -> list[dict]:
         found = {}
     splits = {}
     for name, paths in found.items():
-        if files := [path for path in map(Path, paths) if path.suffix in SUFFIXES]:
+        if files := [Path(path).resolve() for path in paths if Path(path).suffix in SUFFIXES]:
             splits[str(name)] = sorted(files)
-    left = {path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file()}
-    left -= {path for paths in splits.values() for path in paths}
-    left = sorted(
+    # `datasets` leaves out what has no such word in its name as soon as another file has one.
+    shown = (
         path
-        for path in left
+        for path in folder.rglob("*")
         if not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
     )
-    if left:  # `datasets` leaves out what has no such word in its name as soon as another file has one
-        splits[SPLIT] = sorted([*splits.get(SPLIT, []), *left])
+    left = {path.resolve() for path in shown if path.suffix in SUFFIXES and path.is_file()}
+    if left := left.difference(*splits.values()):
+        splits[SPLIT] = sorted({*splits.get(SPLIT, []), *left})
     if not splits:
         raise UserError(f"{folder} holds no data file, whose name would end in {listed(SUFFIXES)}.")
     if split not in splits:
