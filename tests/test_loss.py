@@ -149,7 +149,7 @@ def test_a_head_in_8_bits(dtype, reduction, small_chunks, monkeypatch):
 def test_a_quantized_head_is_never_decoded_whole(quantize, dtype, monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_BYTES_CPU", 4 << 20)
     monkeypatch.setattr(eightbit, "PANEL", 1 << 18)
-    vocabulary, hidden = 40_000, 256  # 39 MiB in float32; the logits of all rows 10
+    vocabulary, hidden = 80_000, 256  # 39 MiB in bfloat16, 78 in float32
     head = quantize(torch.ones(vocabulary, hidden))
     x, labels = torch.randn(64, hidden, dtype=dtype, requires_grad=True), torch.arange(64)
 
@@ -157,7 +157,7 @@ def test_a_quantized_head_is_never_decoded_whole(quantize, dtype, monkeypatch):
         linear_cross_entropy(x, head, labels).backward()
 
     step()
-    assert peak_memory(step) < 19 << 20
+    assert peak_memory(step) < 30 << 20
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -25,7 +25,7 @@ from transformers import masking_utils
 
 import peftfast
 from peftfast.cli.experts import experts_of
-from peftfast.integrations import losses
+from peftfast.integrations import bases
 from peftfast.integrations.experts import quantized_parameters, quantized_weights
 from peftfast.nn.quantized import QuantizedLayer
 
@@ -210,19 +210,19 @@ def _peak(segments: Iterable[_Segment]) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _looking_at_values() -> Iterator[None]:
-    """Has transformers look at what masks hold, and the loss at labels, as in training.
+    """Has transformers look at what masks hold, and peftfast take part and look at labels, as in training.
 
     The recorder then answers that nothing is padded or packed, so that attention runs without a mask of its own, and
     that all labels count.
     """
     before = masking_utils.is_tracing
     masking_utils.is_tracing = lambda tensor=None: False
-    losses.fake_values_are_answered = True
+    bases.fakes_are_plain = True
     try:
         yield
     finally:
         masking_utils.is_tracing = before
-        losses.fake_values_are_answered = False
+        bases.fakes_are_plain = False
 
 
 # ---- the model without memory ------------------------------------------------------------------------------

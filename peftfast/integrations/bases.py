@@ -150,6 +150,12 @@ def is_plain(module: nn.Module, pre_hooks: bool = False) -> bool:
     )
 
 
+# Whether fake tensors count as those that they stand for: `peftfast plan` runs training steps on them. Else they do
+# not, since what torch.export records is to hold torch's operations.
+fakes_are_plain = False
+
+
 def is_plain_tensor(tensor: Tensor) -> bool:
-    """Of no class with a behaviour of its own. torch's fake tensors are as plain as those they stand for."""
-    return type(tensor) in (nn.Parameter, Tensor, FakeTensor)
+    """Of no class with a behaviour of its own."""
+    kind = type(tensor)
+    return kind is nn.Parameter or kind is Tensor or (kind is FakeTensor and fakes_are_plain)

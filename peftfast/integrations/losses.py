@@ -22,7 +22,6 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_map
@@ -227,13 +226,7 @@ def _why_not_call(model: PreTrainedModel, *args, **kwargs) -> str | None:
     return f"its output embeddings are a {type(layer).__name__}"
 
 
-# Whether somebody answers what is asked of the values of fake tensors, which have none: `peftfast plan`.
-fake_values_are_answered = False
-
-
 def _why_not_input(head: nn.Module, x: Tensor) -> str | None:
-    if isinstance(x, FakeTensor) and not fake_values_are_answered:
-        return "its input is a FakeTensor, and which labels count depends on values"
     layer = _effective(head)
     return peft.why_not_call(layer, x) if isinstance(layer, LoraLayer) else why_not_input(layer, x)
 
