@@ -270,9 +270,8 @@ class _LoraLinear(torch.autograd.Function):
         if grad_y is None:
             return tuple(grads)
         want_x, want_weight, want_bias = ctx.needs_input_grad[:3]
-        if (
-            want_weight
-        ):  # deliberate: the weight of an adapted layer is frozen, its gradient is what adapters save
+        if want_weight:
+            # Deliberate: the weight of an adapted layer is frozen, and its gradient is what adapters save.
             raise NotImplementedError(
                 "peftfast.lora_linear gives no gradient for weight: freeze it with weight.requires_grad_(False)."
             )
