@@ -1,5 +1,10 @@
 #include "isa.h"
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <array>
 #include <cstdlib>
 #include <stdexcept>
@@ -10,6 +15,22 @@
 namespace peftfast::cpu {
 namespace {
 
+bool has_avx512_bf16() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bf16");
+}
+
+// Linux keeps the registers of matrix tiles for a process that has asked.
+bool may_use_matrix_tiles() {
+#if defined(__linux__)
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+
 struct Isa {
   const char* name;
   bool (*supported)();
@@ -18,18 +39,19 @@ struct Isa {
 
 // Best first. The features are those of the target region at the top of each instruction set's .cpp; the compiler's
 // own check covers the CPU and the operating system's part (saved registers).
-const std::array<Isa, 4> isas{{
+const std::array<Isa, 5> isas{{
 #if defined(PEFTFAST_EMULATE_AVX512)
+    {"amx", [] { return true; }, &amx_table},
     {"avx512_bf16", [] { return true; }, &avx512_bf16_table},
     {"avx512", [] { return true; }, &avx512_table},
 #else
-    {"avx512_bf16",
+    {"amx",
      [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx512bf16");
+       return has_avx512_bf16() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+              may_use_matrix_tiles();
      },
-     &avx512_bf16_table},
+     &amx_table},
+    {"avx512_bf16", has_avx512_bf16, &avx512_bf16_table},
     {"avx512",
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -60,69 +60,105 @@ DType product_dtype(const LinearArgs& args, DType wanted) {
   return args.out == DType::f32 && wanted == DType::bf16 && table().bf16_dot ? DType::bf16 : DType::f32;
 }
 
+// The form that a product wants its X in.
+struct Form {
+  DType dtype;
+  bool for_few, in_tiles;  // arranged for few rows of a 4-bit weight; in matrix tiles
+  int64_t row_bytes;       // 0: as it is
+};
+
+Form form_of(const LinearArgs& args, DType compute) {
+  Form form{.dtype = args.fourbit ? product_dtype(args, compute) : args.out};
+  const int64_t arranged = 4 * table().arranged_size(args.Q);
+  form.for_few = args.fourbit && args.M <= few_rows && args.reduction_contiguous && arranged > 0;
+  form.in_tiles = form.dtype == DType::bf16 && table().wants_matrix_tiles(args);
+  if (form.for_few)
+    form.row_bytes = arranged;
+  else if (form.in_tiles || form.dtype != args.out)
+    form.row_bytes = (form.in_tiles ? round_up(args.Q, 32) : args.Q) * size_of(form.dtype);
+  return form;
+}
+
+// Row m of `args`, from `source` to its place in the form that args.X has.
+void bring_to_form(const Form& form, const LinearArgs& args, const void* source, int64_t m) {
+  thread_local Scratch scratch;
+  const auto convert = table().convert[static_cast<int>(args.out)];
+  char* rows = static_cast<char*>(const_cast<void*>(args.X));
+  if (form.in_tiles) {
+    if (args.out != DType::bf16) {
+      float* rounded = scratch.floats(args.Q);
+      convert(source, args.Q, form.dtype, rounded);
+      source = rounded;
+    }
+    const int64_t inside = m % rows_in_tiles;
+    table().arrange_in_tiles(source, args.Q, rows + (m - inside) * form.row_bytes + inside * 64);
+  } else if (form.for_few) {
+    float* widened = scratch.floats(args.Q);
+    convert(source, args.Q, form.dtype, widened);
+    table().arrange(widened, args.Q, args.bf16_codes, reinterpret_cast<float*>(rows + m * form.row_bytes));
+  } else {
+    convert(source, args.Q, form.dtype, rows + m * form.row_bytes);
+  }
+}
+
 // Y = X W + bias + dropout(U L) of each. X comes in the dtype of Y; `compute` is asked for with a 4-bit W.
 void linear(std::vector<LinearArgs> list, DType compute, const Threads& threads) {
-  // X in the form that its product wants: another dtype, or arranged for few rows of a 4-bit weight.
-  std::vector<DType> dtypes;
-  std::vector<int64_t> row_sizes;  // of X in that form, in bytes; 0: as it is
+  std::vector<Form> forms;
   std::vector<Share> conversions;
   int64_t bytes = 0;
-  for (LinearArgs& args : list) {
-    args.bf16_codes = compute == DType::bf16;
-    dtypes.push_back(args.fourbit ? product_dtype(args, compute) : args.out);
-    const bool few = args.fourbit && args.M <= few_rows && args.reduction_contiguous;
-    const int64_t arranged = few ? 4 * table().arranged_size(args.Q) : 0;
-    row_sizes.push_back(arranged > 0 ? arranged : dtypes.back() != args.out ? args.Q * size_of(dtypes.back()) : 0);
-    conversions.push_back({row_sizes.back() > 0 ? args.M : 0, args.Q});
-    bytes += round_up(args.M * row_sizes.back(), 64);
+  const auto bytes_of = [&](size_t i) {
+    return round_up(round_up(list[i].M, forms[i].in_tiles ? rows_in_tiles : 1) * forms[i].row_bytes, 64);
+  };
+  for (size_t i = 0; i < list.size(); ++i) {
+    list[i].bf16_codes = compute == DType::bf16;
+    forms.push_back(form_of(list[i], compute));
+    conversions.push_back({forms[i].row_bytes > 0 ? list[i].M : 0, list[i].Q});
+    bytes += bytes_of(i);
   }
   if (bytes > 0) {
     thread_local Scratch scratch;
     char* to = reinterpret_cast<char*>(scratch.floats(bytes / 4));
-    std::vector<const void*> sources;
+    std::vector<const char*> sources;
     std::vector<int64_t> strides;
     for (size_t i = 0; i < list.size(); ++i) {
-      sources.push_back(list[i].X), strides.push_back(list[i].ldx * size_of(list[i].out));
-      if (row_sizes[i] == 0) continue;
-      list[i].X = to, list[i].ldx = row_sizes[i] / size_of(dtypes[i]);
-      to += round_up(list[i].M * row_sizes[i], 64);
+      sources.push_back(static_cast<const char*>(list[i].X)), strides.push_back(list[i].ldx * size_of(list[i].out));
+      if (forms[i].row_bytes == 0) continue;
+      list[i].X = to, list[i].ldx = forms[i].row_bytes / size_of(forms[i].dtype);
+      to += bytes_of(i);
     }
     parallel_for_each(threads, conversions, [&](size_t i, int64_t begin, int64_t end) {
-      const LinearArgs& args = list[i];
-      const auto convert = table().convert[static_cast<int>(args.out)];
-      thread_local Scratch row;
-      const bool few = args.M <= few_rows && args.reduction_contiguous && table().arranged_size(args.Q) > 0;
-      float* widened = few ? row.floats(args.Q) : nullptr;
-      for (int64_t m = begin; m < end; ++m) {
-        const void* source = static_cast<const char*>(sources[i]) + m * strides[i];
-        char* out = static_cast<char*>(const_cast<void*>(args.X)) + m * row_sizes[i];
-        convert(source, args.Q, dtypes[i], few ? static_cast<void*>(widened) : out);
-        if (few) table().arrange(widened, args.Q, args.bf16_codes, reinterpret_cast<float*>(out));
-      }
+      for (int64_t m = begin; m < end; ++m) bring_to_form(forms[i], list[i], sources[i] + m * strides[i], m);
     });
   }
 
   // Rows are parted only to bound the memory of parked accumulators, or when there are too few panels to go round: each
   // part packs the panel again, which costs as much as some rows.
   constexpr int64_t packing = 16;
-  int64_t all_panels = 0;
-  for (const LinearArgs& args : list) all_panels += args.M > 0 ? (args.P + panel_columns - 1) / panel_columns : 0;
-  std::vector<int64_t> parts, rows;
+  std::vector<int64_t> columns, parts, rows;
+  const auto strips = [&](size_t i, int64_t wide) { return list[i].M > 0 ? (list[i].P + wide - 1) / wide : 0; };
+  int64_t all_panels = 0, all_strips = 0;
+  for (size_t i = 0; i < list.size(); ++i) all_panels += strips(i, panel_columns);
+  for (size_t i = 0; i < list.size(); ++i) {
+    int64_t wide = list[i].M <= few_rows ? panel_columns : table().linear_columns[static_cast<int>(forms[i].dtype)];
+    while (wide > panel_columns && all_panels * panel_columns < 2 * threads.count * wide) wide /= 2;
+    columns.push_back(wide);
+    all_strips += strips(i, wide);
+  }
   std::vector<Share> shares;
-  for (const LinearArgs& args : list) {
-    int64_t n = (args.M + 2047) / 2048;
-    while (n * all_panels < 2 * threads.count && args.M / (n + 1) >= 192) ++n;
+  for (size_t i = 0; i < list.size(); ++i) {
+    const int64_t M = list[i].M;
+    int64_t n = (M + 2047) / 2048;
+    while (n * all_strips < 2 * threads.count && M / (n + 1) >= 192) ++n;
     parts.push_back(n);
-    rows.push_back(round_up((args.M + n - 1) / std::max<int64_t>(n, 1), 12));
-    const int64_t panels = (args.P + panel_columns - 1) / panel_columns;
-    shares.push_back({panels * n, (rows.back() + packing) * (args.Q + 1)});
+    rows.push_back(round_up((M + n - 1) / std::max<int64_t>(n, 1), forms[i].in_tiles ? rows_in_tiles : 12));
+    shares.push_back({strips(i, columns[i]) * n, (rows.back() + packing) * (list[i].Q + 1)});
   }
   parallel_for_each(threads, shares, [&](size_t i, int64_t begin, int64_t end) {
     const LinearArgs& args = list[i];
     for (int64_t item = begin; item < end; ++item) {
       const int64_t first = item % parts[i] * rows[i];
       if (first < args.M)
-        table().linear[static_cast<int>(dtypes[i])](args, item / parts[i] * panel_columns, first,
+        table().linear[static_cast<int>(forms[i].dtype)](args, item / parts[i] * columns[i], columns[i], first,
                                                     std::min(first + rows[i], args.M));
     }
   });

@@ -15,7 +15,7 @@ struct Avx2 {
   // 12 accumulators, 2 vectors of the panel and 1 of X: 15 of 16 registers, and enough independent
   // multiply-adds to cover their latency (4 cycles, two a cycle).
   static constexpr int tile_rows = 6, tile_vectors = 2;
-  static constexpr bool has_bf16_dot = false;
+  static constexpr bool has_bf16_dot = false, has_matrix_tiles = false;
 
   PEFTFAST_INLINE static F zero() { return _mm256_setzero_ps(); }
   PEFTFAST_INLINE static F set1(float x) { return _mm256_set1_ps(x); }

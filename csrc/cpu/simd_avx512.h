@@ -12,7 +12,7 @@ struct Avx512 {
   static constexpr int width = 16;
   // 24 accumulators, 4 vectors of the panel and 1 of X: 29 of 32 registers.
   static constexpr int tile_rows = 6, tile_vectors = 4;
-  static constexpr bool has_bf16_dot = false;
+  static constexpr bool has_bf16_dot = false, has_matrix_tiles = false;
 
   PEFTFAST_INLINE static F zero() { return _mm512_setzero_ps(); }
   PEFTFAST_INLINE static F set1(float x) { return _mm512_set1_ps(x); }

@@ -14,6 +14,7 @@ struct Scalar {
   static constexpr int width = 1;
   static constexpr int tile_rows = 3, tile_vectors = 4;  // the register tile: rows x vectors of accumulators
   static constexpr bool has_bf16_dot = false;            // multiplies pairs of bf16 in one instruction
+  static constexpr bool has_matrix_tiles = false;        // multiplies whole tiles of bf16 in one: see simd_amx.h
 
   PEFTFAST_INLINE static F zero() { return 0.0; }
   PEFTFAST_INLINE static F set1(float x) { return x; }

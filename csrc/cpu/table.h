@@ -9,12 +9,14 @@
 
 namespace peftfast::cpu {
 
-// The columns of the output that one work item computes, whatever the instruction set: 64 columns of a packed
-// operand with a full reduction block stay in a core's L2 cache.
+// The columns of a packed operand: with a full reduction block they stay in a core's L2 cache.
 constexpr int64_t panel_columns = 64;
 
 // With at most this many rows, packing a weight costs more than it saves.
 constexpr int64_t few_rows = 12;
+
+// Rows of X that matrix tiles take at a time.
+constexpr int64_t rows_in_tiles = 32;
 
 // A run of ranks that share a dropout mask: one adapter, or all of them when none drops.
 struct Segment {
@@ -64,10 +66,11 @@ struct Addend {
   const float *scale, *center;  // [M]; null: X is added as it is
 };
 
-// Y = X W + bias + dropout(U L) + addends, for rows [row_begin, row_end) of the panel that starts at `column`.
+// Y = X W + bias + dropout(U L) + addends, for rows [row_begin, row_end) and up to `columns` columns from `column` on,
+// both multiples of panel_columns.
 struct LinearArgs {
   int64_t M, P, Q;
-  const void* X;  // [M, Q]
+  const void* X;  // [M, Q], in the form that its product wants
   int64_t ldx;
   const void* W;  // element (q, p) at W[p * ldw + q] when reduction_contiguous, else W[q * ldw + p]
   int64_t ldw;
@@ -127,7 +130,9 @@ struct Table {
   bool bf16_dot;  // multiplies pairs of bf16 in one instruction
   void (*transpose[dtype_count])(const TransposeArgs& args, int64_t begin, int64_t end);
   void (*down[dtype_count])(const DownArgs& args, int64_t row_begin, int64_t row_end);
-  void (*linear[dtype_count])(const LinearArgs& args, int64_t column, int64_t row_begin, int64_t row_end);
+  int64_t linear_columns[dtype_count];  // the most that `linear` gains by
+  void (*linear[dtype_count])(const LinearArgs& args, int64_t column, int64_t columns, int64_t row_begin,
+                              int64_t row_end);
   void (*outer[dtype_count])(const OuterArgs& args, int64_t column);
   void (*convert[dtype_count])(const void* x, int64_t count, DType to, void* out);  // to f32 or bf16
   void (*combine[dtype_count])(const CombineArgs& args, int64_t token_begin, int64_t token_end);
@@ -144,12 +149,16 @@ struct Table {
   // [arranged_size(Q)].
   int64_t (*arranged_size)(int64_t Q);  // 0: they are taken as they are
   void (*arrange)(const float* x, int64_t Q, bool bf16_codes, float* out);
+  // Whether a product in bf16 runs in matrix tiles, and the arranging of one row of its X: from out on, which is 32
+  // elements after that of the row before, among rows_in_tiles rows of Q elements, rounded up to a multiple of 32.
+  bool (*wants_matrix_tiles)(const LinearArgs& args);
+  void (*arrange_in_tiles)(const void* x, int64_t Q, void* out);  // bf16
   void (*fourbit_quantize[dtype_count])(const FourBitQuantizeArgs& args, int64_t block_begin, int64_t block_end);
   void (*fourbit_dequantize[dtype_count])(const FourBitDequantizeArgs& args, int64_t begin, int64_t end);
   double (*flops_of_loop[dtype_count])(int64_t iterations);  // runs the loop and returns the FLOP it did
 };
 
-extern const Table scalar_table, avx2_table, avx512_table, avx512_bf16_table;
+extern const Table scalar_table, avx2_table, avx512_table, avx512_bf16_table, amx_table;
 
 const Table& table();  // of the instruction set in use
 

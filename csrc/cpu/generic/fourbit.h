@@ -116,7 +116,7 @@ void pack_fourbit_transposed(const FourBitMatrix& W, int64_t K, int64_t column, 
                              typename Mode::Panel* panel, int64_t subpanel_size) {
   using S = typename Mode::S;
   constexpr bool pairs = std::is_same_v<typename Mode::Panel, uint32_t>;
-  constexpr int64_t NR = tile_columns<S>;
+  constexpr int64_t NR = Mode::columns;
   constexpr int codes = 8;  // in a word
   const AbsmaxReader absmax(W);
   thread_local Scratch scratch;
@@ -185,7 +185,7 @@ void pack_fourbit_straight(const FourBitMatrix& W, int64_t P, int64_t column, in
                            typename Mode::Panel* panel, int64_t subpanel_size) {
   using S = typename Mode::S;
   constexpr bool pairs = std::is_same_v<typename Mode::Panel, uint32_t>;
-  constexpr int64_t NR = tile_columns<S>, per_row = pairs ? 2 : 1;  // rows of W in one row of the panel
+  constexpr int64_t NR = Mode::columns, per_row = pairs ? 2 : 1;  // rows of W in one row of the panel
   const AbsmaxReader absmax(W);
   const auto codebook = S::codebook(fourbit::codebook_of(W.type));
   const int64_t padded = (Q + Mode::unit - 1) / Mode::unit * Mode::unit;

@@ -88,6 +88,7 @@ struct Widened {
   using Panel = BT;
   static constexpr int unit = std::is_same_v<XT, bf16> ? 2 : 1;  // reduction elements a step
   static constexpr int panel_rows = unit;                        // rows of the panel a step
+  static constexpr int64_t columns = tile_columns<S>;            // of a sub-panel
 
   template <int rows>
   PEFTFAST_INLINE static void step(Accumulators<S, rows>& c, const XT* x, int64_t ldx, const BT* panel, int64_t ldp) {
@@ -119,12 +120,13 @@ struct Widened {
 };
 
 // Two bf16 of X times two of the panel a step; a lane of the panel holds both.
-template <class Simd>
+template <class Simd, int64_t columns_of_subpanel = tile_columns<Simd>>
 struct PairDot {
   using S = Simd;
   using X = bf16;
   using Panel = uint32_t;
   static constexpr int unit = 2, panel_rows = 1;
+  static constexpr int64_t columns = columns_of_subpanel;
 
   template <int rows>
   PEFTFAST_INLINE static void step(Accumulators<S, rows>& c, const bf16* x, int64_t ldx, const uint32_t* panel,
@@ -145,7 +147,7 @@ struct BaseMode {
 };
 template <class S, class T>
 struct BaseMode<S, T, true> {
-  using type = PairDot<S>;
+  using type = std::conditional_t<S::has_matrix_tiles, PairDot<S, 32>, PairDot<S>>;  // two matrix tiles, side by side
 };
 
 // c += X * panel over Q elements of each row. `ldx` parts the rows of X and `stride_x` the elements of a row;
@@ -202,8 +204,8 @@ PEFTFAST_INLINE void with_rows(int64_t rows, F f) {
 }
 
 // ---- packing ---------------------------------------------------------------------------------------------------
-// A panel of `columns` <= panel width columns, cut into sub-panels of one tile's columns; each is [rows of the
-// reduction, tile_columns], zero beyond the matrix and, for an odd Q in a mode of pairs, in the last half step.
+// A panel of `columns` <= panel width columns, cut into sub-panels of a mode's columns; each is [rows of the
+// reduction, columns], zero beyond the matrix and, for an odd Q in a mode of pairs, in the last half step.
 
 // From W whose reduction is contiguous, element (q, p) at w[p * ldw + q]: blocks are transposed in registers. Pairs
 // of bf16 are moved as if they were floats.
@@ -213,7 +215,7 @@ void pack_transposed(const T* w, int64_t ldw, int64_t columns, int64_t Q, typena
   using S = typename Mode::S;
   constexpr bool pairs = std::is_same_v<typename Mode::Panel, uint32_t>;
   constexpr int64_t per_row = pairs ? 2 : 1;  // elements of W in one row of the panel
-  constexpr int64_t NR = tile_columns<S>;
+  constexpr int64_t NR = Mode::columns;
   const int64_t panel_rows = (Q + Mode::unit - 1) / Mode::unit * Mode::panel_rows;
   float* out = reinterpret_cast<float*>(panel);
   for (int64_t p = 0; p < (columns + NR - 1) / NR * NR; p += S::width) {
@@ -258,7 +260,7 @@ void pack_straight(const T* w, int64_t ldw, int64_t columns, int64_t Q, typename
                    int64_t subpanel_size) {
   using S = typename Mode::S;
   constexpr bool pairs = std::is_same_v<typename Mode::Panel, uint32_t>;
-  constexpr int64_t NR = tile_columns<S>, per_row = pairs ? 2 : 1;  // rows of W in one row of the panel
+  constexpr int64_t NR = Mode::columns, per_row = pairs ? 2 : 1;  // rows of W in one row of the panel
   const int64_t padded = (Q + Mode::unit - 1) / Mode::unit * Mode::unit;
   for (int64_t q = 0; q < padded; q += per_row) {
     for (int64_t i = 0; i < per_row; ++i) prefetch_row(w + std::min(q + i + rows_ahead, Q - 1) * ldw, columns);

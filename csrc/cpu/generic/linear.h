@@ -1,0 +1,394 @@
+// Y = X W + bias + dropout(U L) + addends, a strip of columns at a time: the base product of every linear layer, with
+// what is added to it. Vector units run gemm.h's register tiles down a packed panel; matrix tiles, where there are
+// any, multiply so much faster than L2 delivers that the strip and the reduction are cut for them alone:
+//
+//                      strip of 256 columns
+//                 ┌───────────────────────────┐
+//                 │       packed W            │ 512     in L2, for all rows
+//        512      ├──────┬──────┬──────┬──────┤
+//      ┌───────┐  │ 2x2  │      │      │      │
+//   32 │   X   │  │matrix│  ->  │  ->  │      │         a block of X, arranged in tiles, stays in L1 while the
+//      └───────┘  │tiles │      │      │      │         columns go by; sums are parked in fp32 between blocks
+//                 └──────┴──────┴──────┴──────┘
+#pragma once
+
+#include <algorithm>
+
+#include "../scratch.h"
+#include "../table.h"
+#include "dropout.h"
+#include "fourbit.h"
+#include "gemm.h"
+
+namespace peftfast::cpu {
+namespace {
+
+// A packed panel takes half of a 1 MiB L2: 512 KiB over 64 columns.
+constexpr int64_t panel_bytes = 512 * 1024;
+
+template <class S, class T>
+constexpr bool in_matrix_tiles = S::has_matrix_tiles && std::is_same_v<T, bf16>;
+
+// Few rows, reduction contiguous: W is read as it is. Those of a 4-bit weight are read as floats: others could not
+// follow the precision of its decoded values.
+template <class T>
+bool along_rows(const LinearArgs& args) {
+  return args.M <= few_rows && args.reduction_contiguous && (!args.fourbit || std::is_same_v<T, float>);
+}
+
+// At most one register tile of rows, columns contiguous: W itself is the panel.
+template <class S>
+bool down_columns(const LinearArgs& args) {
+  return args.M <= S::tile_rows && !args.reduction_contiguous && !args.fourbit && args.P % panel_columns == 0;
+}
+
+template <class S>
+bool wants_matrix_tiles(const LinearArgs& args) {
+  return S::has_matrix_tiles && !along_rows<bf16>(args) && !down_columns<S>(args);
+}
+
+template <class S, class T>
+constexpr int64_t linear_columns = in_matrix_tiles<S, T> ? 4 * panel_columns : panel_columns;
+
+// One strip of Y. The register tile starts from the bias and the low-rank term and goes on through the reduction of the
+// base product, so that Y is written once. A reduction too long for the panel's share of L2 runs in blocks, with the
+// accumulators parked in fp32 between them.
+template <class S, class T>
+class LinearStrip {
+ public:
+  LinearStrip(const LinearArgs& args, int64_t column, int64_t columns)
+      : args_(args),
+        column_(column),
+        columns_(std::min(columns, args.P - column)),
+        width_((columns_ + panel_columns - 1) / panel_columns * panel_columns) {}
+
+  void run(int64_t row_begin, int64_t row_end) {
+    const int64_t most = panel_bytes / panel_columns / (sizeof(Panel) * Mode::panel_rows) * Mode::unit;
+    const int64_t block_size = in_matrix_tiles<S, T> ? block_of_tiles : most;
+    const int64_t blocks = std::max<int64_t>(1, (args_.Q + block_size - 1) / block_size);
+    const int64_t block = std::max<int64_t>(64, ((args_.Q + blocks - 1) / blocks + 63) / 64 * 64);
+    const bool few = along_rows<T>(args_), straight = down_columns<S>(args_);
+    const bool parked = blocks > 1 || few || straight || in_matrix_tiles<S, T>;
+    const int64_t rows = row_end - row_begin;
+
+    const int64_t low_rank_floats = width_ * args_.R;
+    const int64_t panel_floats = few        ? 0
+                                 : straight ? rows * args_.Q
+                                            : width_ * (block / Mode::unit + 1) * Mode::panel_rows;
+    const int64_t words_floats = S::tile_rows * (width_ + random_slack<S>);
+    const int64_t parked_floats = parked ? (rows + 15) / 16 * 16 * ld_parked() : 0;
+    thread_local Scratch scratch;
+    low_rank_ = scratch.floats(low_rank_floats + panel_floats + words_floats + parked_floats + 64);
+    float* workspace = low_rank_ + low_rank_floats;
+    words_ = reinterpret_cast<uint32_t*>(workspace + panel_floats);
+    parked_ = reinterpret_cast<float*>(words_) + words_floats;
+    row_begin_ = row_begin;
+    if (args_.R > 0)
+      pack_straight<Widened<S, float, float>>(args_.L + column_, args_.P, columns_, args_.R, low_rank_, args_.R * NR);
+
+    if (few || straight) {
+      for_tiles(row_begin, row_end,
+                [&](auto n, int64_t m, int64_t p) { tile<n.value>(m, p, nullptr, 0, 0, true, false); });
+      if (few)
+        dot_products(row_begin, row_end);
+      else
+        straight_products(row_begin, row_end, workspace);
+      for (int64_t m = row_begin; m < row_end; ++m) store_row(m);
+      return;
+    }
+    Panel* panel = reinterpret_cast<Panel*>(workspace);
+    for (int64_t q = 0; q < std::max<int64_t>(1, args_.Q); q += block) {
+      const int64_t n = std::min(block, args_.Q - q);
+      const bool first = q == 0, last = q + n >= args_.Q;
+      if constexpr (in_matrix_tiles<S, T>) {
+        products_in_tiles(row_begin, row_end, panel, q, n, first, last);
+      } else {
+        const int64_t subpanel = (n + Mode::unit - 1) / Mode::unit * Mode::panel_rows * NR;
+        if (n > 0) pack(q, n, panel, subpanel);  // a 4-bit weight of no elements has no scales to read
+        for_tiles(row_begin, row_end, [&](auto rows_of_tile, int64_t m, int64_t p) {
+          tile<rows_of_tile.value>(m, p, panel + p / NR * subpanel, q, n, first, last);
+        });
+      }
+    }
+  }
+
+ private:
+  using Mode = typename BaseMode<S, T>::type;
+  using Panel = typename Mode::Panel;
+  using LowRank = Widened<S, float, float>;
+  static constexpr int64_t NR = tile_columns<S>;
+  static constexpr int64_t block_of_tiles = 512;  // of the reduction
+
+  const T* X() const { return static_cast<const T*>(args_.X); }
+  const T* W() const { return static_cast<const T*>(args_.W); }
+
+  // A line more than a row: a tile's rows a power of two apart would share too few sets of the caches.
+  int64_t ld_parked() const { return width_ + 16; }
+
+  void pack(int64_t q, int64_t n, Panel* panel, int64_t subpanel) {
+    if (args_.fourbit && args_.reduction_contiguous)
+      pack_fourbit_transposed<Mode>(*args_.fourbit, args_.Q, args_.fourbit_row + column_, columns_, q, n, panel,
+                                    subpanel);
+    else if (args_.fourbit)
+      pack_fourbit_straight<Mode>(*args_.fourbit, args_.P, column_, columns_, args_.fourbit_row + q, n, panel,
+                                  subpanel);
+    else if (args_.reduction_contiguous)
+      pack_transposed<Mode>(W() + column_ * args_.ldw + q, args_.ldw, columns_, n, panel, subpanel);
+    else
+      pack_straight<Mode>(W() + q * args_.ldw + column_, args_.ldw, columns_, n, panel, subpanel);
+  }
+
+  template <class F>
+  PEFTFAST_INLINE void for_tiles(int64_t row_begin, int64_t row_end, F f) {
+    for (int64_t m = row_begin; m < row_end; m += S::tile_rows) {
+      const int64_t rows = std::min<int64_t>(S::tile_rows, row_end - m);
+      with_rows<S::tile_rows>(rows, [&](auto n) {
+        for (int64_t p = 0; p < columns_; p += NR) f(n, m, p);
+      });
+    }
+  }
+
+  // One block of the reduction, in matrix tiles.
+  void products_in_tiles(int64_t row_begin, int64_t row_end, Panel* panel, int64_t q, int64_t n, bool first,
+                         bool last) {
+    constexpr int64_t depth = S::matrix_depth;
+    const int64_t steps = (n + depth - 1) / depth, subpanel = steps * (depth / 2) * Mode::columns;
+    if (n > 0) pack(q, n, panel, subpanel);
+    if (n % depth)
+      for (Panel* end = panel + subpanel; end <= panel + width_ / Mode::columns * subpanel; end += subpanel)
+        std::fill(end - subpanel + (n + 1) / 2 * Mode::columns, end, Panel{0});
+    typename S::Tiles tiles;
+    for (int64_t m = row_begin; m < row_end; m += rows_in_tiles) {
+      const int64_t rows = std::min(rows_in_tiles, row_end - m);
+      if (first)
+        for_tiles(m, m + rows, [&](auto r, int64_t i, int64_t p) { tile<r.value>(i, p, nullptr, 0, 0, true, false); });
+      const T* x = X() + m * ((args_.Q + depth - 1) / depth * depth) + q * rows_in_tiles;
+      for (int64_t p = 0; p < columns_ && steps > 0; p += Mode::columns) {
+        float* sums = parked_ + (m - row_begin_) * ld_parked() + p;
+        const Panel* w = panel + p / Mode::columns * subpanel;
+        rows > S::matrix_rows ? multiply<2>(tiles, x, w, steps, sums) : multiply<1>(tiles, x, w, steps, sums);
+      }
+      for (int64_t i = m; last && i < m + rows; ++i) store_row(i);
+    }
+  }
+
+  // sums [16 row_tiles, 32] += x times a sub-panel. A tile is loaded again as soon as its last product is under way.
+  template <int row_tiles, class Tiles>
+  void multiply(Tiles& tiles, const T* x, const Panel* w, int64_t steps, float* sums) {
+    constexpr int64_t tile = S::matrix_rows * S::matrix_depth;
+    const int64_t row_bytes = ld_parked() * sizeof(float);
+    const auto load_upper = [&]() __attribute__((always_inline)) { tiles.template load<4>(x, 2 * S::matrix_depth); };
+    const auto load_lower = [&]() __attribute__((always_inline)) {
+      if constexpr (row_tiles == 2) tiles.template load<5>(x + tile, 2 * S::matrix_depth);
+    };
+    const auto load_left = [&]() __attribute__((always_inline)) { tiles.template load<6>(w, 4 * Mode::columns); };
+    const auto load_right = [&]() __attribute__((always_inline)) {
+      tiles.template load<7>(w + S::matrix_columns, 4 * Mode::columns);
+    };
+    float* lower = sums + S::matrix_rows * ld_parked();
+    tiles.template load<0>(sums, row_bytes);
+    tiles.template load<1>(sums + S::matrix_columns, row_bytes);
+    if constexpr (row_tiles == 2) {
+      tiles.template load<2>(lower, row_bytes);
+      tiles.template load<3>(lower + S::matrix_columns, row_bytes);
+    }
+    load_upper(), load_left(), load_right(), load_lower();
+    for (int64_t s = 1; s <= steps; ++s) {
+      if (s < steps) x += 2 * tile, w += S::matrix_depth / 2 * Mode::columns;  // the last step loads its own again
+      tiles.template dot<0, 4, 6>();
+      tiles.template dot<1, 4, 7>();
+      load_upper();
+      if constexpr (row_tiles == 2) tiles.template dot<2, 5, 6>();
+      load_left();
+      if constexpr (row_tiles == 2) tiles.template dot<3, 5, 7>();
+      load_lower(), load_right();
+    }
+    tiles.template store<0>(sums, row_bytes);
+    tiles.template store<1>(sums + S::matrix_columns, row_bytes);
+    if constexpr (row_tiles == 2) {
+      tiles.template store<2>(lower, row_bytes);
+      tiles.template store<3>(lower + S::matrix_columns, row_bytes);
+    }
+  }
+
+  // Rows [m, m + rows) of the sub-panel at p: `first` starts from bias and low-rank term, `last` writes Y.
+  template <int rows>
+  [[gnu::noinline]] void tile(int64_t m, int64_t p, const Panel* panel, int64_t q, int64_t n, bool first, bool last) {
+    Accumulators<S, rows> c;
+    float* parked = parked_ + (m - row_begin_) * ld_parked() + p;
+    if (first)
+      start<rows>(c, m, p);
+    else
+      load_tile<S, rows>(c, parked, ld_parked());
+    const T* x = X() + m * args_.ldx + q;
+    if constexpr (std::is_same_v<T, float>)
+      multiply_add_in_chains<Mode, rows>(c, x, args_.ldx, 1, panel, NR, n);
+    else
+      multiply_add<Mode, rows>(c, x, args_.ldx, 1, panel, NR, n);
+    if (!last) {
+      store_tile<S, rows>(c, parked, ld_parked());
+      return;
+    }
+    if (args_.out != dtype_of<T>) {
+      store_tile<S, rows>(c, before_, NR);
+      for (int i = 0; i < rows; ++i) store_columns(before_ + i * NR, m + i, p, std::min(NR, columns_ - p));
+      return;
+    }
+    T* Y = static_cast<T*>(args_.Y) + m * args_.P + column_ + p;
+    for (int j = 0; j < S::tile_vectors; ++j) {
+      const int64_t valid = columns_ - p - j * S::width;
+      for (int i = 0; i < rows; ++i) {
+        if (valid >= S::width)
+          S::store(Y + i * args_.P + j * S::width, c[i][j]);
+        else if (valid > 0)
+          store_first<S>(Y + i * args_.P + j * S::width, c[i][j], valid);
+      }
+    }
+  }
+
+  template <int rows>
+  PEFTFAST_INLINE void start(Accumulators<S, rows>& c, int64_t m, int64_t p) {
+    clear<S, rows>(c);
+    for (int s = 0; s < args_.dropout.segment_count; ++s) {
+      const Segment& segment = args_.dropout.segments[s];
+      const bool apart = segment.threshold != 0 && s > 0;  // its mask must not touch what is there already
+      if (apart) {
+        store_tile<S, rows>(c, before_, NR);
+        clear<S, rows>(c);
+      }
+      const float* U = args_.U + m * args_.R + segment.begin;
+      const float* L = low_rank_ + p / NR * (args_.R * NR) + segment.begin * NR;
+      const int64_t ranks = segment.end - segment.begin;
+      if constexpr (std::is_same_v<T, float>)
+        multiply_add_in_chains<LowRank, rows>(c, U, args_.R, 1, L, NR, ranks);
+      else
+        multiply_add<LowRank, rows>(c, U, args_.R, 1, L, NR, ranks);
+      if (segment.threshold == 0) continue;
+      const typename S::F scale = S::set1(segment.keep_scale);
+      for (int i = 0; i < rows; ++i) {
+        const uint32_t* words = mask_words(segment, m, i, p);
+        for (int j = 0; j < S::tile_vectors; ++j)
+          c[i][j] = S::mul(scale, S::keep(c[i][j], words + j * S::width, segment.threshold));
+      }
+      if (apart)
+        for (int i = 0; i < rows; ++i)
+          for (int j = 0; j < S::tile_vectors; ++j) c[i][j] = S::add(c[i][j], S::load(before_ + i * NR + j * S::width));
+    }
+    if (args_.bias != nullptr)
+      for (int j = 0; j < S::tile_vectors; ++j) {
+        const int64_t valid = columns_ - p - j * S::width;
+        const float* bias = args_.bias + column_ + p + j * S::width;
+        const typename S::F b = valid >= S::width ? S::load(bias) : valid > 0 ? load_first<S>(bias, valid) : S::zero();
+        for (int i = 0; i < rows; ++i) c[i][j] = S::add(c[i][j], b);
+      }
+    for (const Addend& addend : args_.addends)
+      if (addend.X != nullptr) add<rows>(c, addend, m, p);
+  }
+
+  template <int rows>
+  PEFTFAST_INLINE void add(Accumulators<S, rows>& c, const Addend& addend, int64_t m, int64_t p) {
+    for (int i = 0; i < rows; ++i) {
+      const T* x = static_cast<const T*>(addend.X) + (m + i) * addend.ld + column_ + p;
+      const float scale = addend.scale ? addend.scale[m + i] : 1.0f, center = addend.center ? addend.center[m + i] : 0;
+      for (int j = 0; j < S::tile_vectors; ++j) {
+        const int64_t valid = columns_ - p - j * S::width;
+        if (valid <= 0) break;
+        const typename S::F value =
+            valid >= S::width ? S::load(x + j * S::width) : load_first<S>(x + j * S::width, valid);
+        c[i][j] = S::fma(S::set1(scale), S::add(value, S::set1(-center)), c[i][j]);
+      }
+    }
+  }
+
+  // The words of the whole panel's row are made with its first tile and serve the tiles beside it, as long as one
+  // segment drops; with more, each tile makes its own.
+  PEFTFAST_INLINE const uint32_t* mask_words(const Segment& segment, int64_t m, int i, int64_t p) {
+    uint32_t* buffer = words_ + i * (width_ + random_slack<S>);
+    const int64_t first = (args_.first_row + m + i) * args_.P + column_;
+    if (args_.dropout.segment_count > 1) return random_words<S>(args_.dropout, segment, first + p, NR, buffer);
+    if (p == 0) row_words_[i] = random_words<S>(args_.dropout, segment, first, width_, buffer);
+    return row_words_[i] + p;
+  }
+
+  // Few rows, reduction contiguous: nothing is packed. Eight rows of W stay in L1 and L2 while all rows of X meet them.
+  void dot_products(int64_t row_begin, int64_t row_end) {
+    if constexpr (std::is_same_v<T, float>)
+      if (args_.fourbit) {
+        dot_rows_fourbit<S>(X() + row_begin * args_.ldx, args_.ldx, row_end - row_begin, *args_.fourbit,
+                            args_.bf16_codes, args_.fourbit_row + column_, columns_, args_.Q, parked_, ld_parked());
+        return;
+      }
+    for (int64_t p = 0; p < columns_; p += 8)
+      for (int64_t m = row_begin; m < row_end; m += S::tile_rows)
+        dot_rows<S, T>(X() + m * args_.ldx, args_.ldx, std::min<int64_t>(S::tile_rows, row_end - m),
+                       W() + (column_ + p) * args_.ldw, args_.ldw, std::min<int64_t>(8, columns_ - p), args_.Q,
+                       parked_ + (m - row_begin) * ld_parked() + p, ld_parked());
+  }
+
+  // At most one tile of rows, columns contiguous: W itself is the panel.
+  void straight_products(int64_t row_begin, int64_t row_end, float* workspace) {
+    using Straight = Widened<S, float, T>;
+    for (int64_t m = row_begin; m < row_end; ++m)
+      convert<S>(X() + m * args_.ldx, args_.Q, workspace + (m - row_begin) * args_.Q);
+    with_rows<S::tile_rows>(row_end - row_begin, [&](auto n) {
+      for (int64_t p = 0; p < columns_; p += NR) {
+        Accumulators<S, n.value> c;
+        load_tile<S, n.value>(c, parked_ + p, ld_parked());
+        multiply_add_in_chains<Straight, n.value>(c, workspace, args_.Q, 1, W() + column_ + p, args_.ldw, args_.Q);
+        store_tile<S, n.value>(c, parked_ + p, ld_parked());
+      }
+    });
+  }
+
+  void store_row(int64_t m) { store_columns(parked_ + (m - row_begin_) * ld_parked(), m, 0, columns_); }
+
+  // `count` elements of Y's row m from column p of the panel on; `values` may be read to the end of a vector.
+  void store_columns(const float* values, int64_t m, int64_t p, int64_t count) {
+    const int64_t first = m * args_.P + column_ + p;
+    if (args_.out == DType::f32) store_columns_as(values, count, static_cast<float*>(args_.Y) + first);
+    if (args_.out == DType::bf16) store_columns_as(values, count, static_cast<bf16*>(args_.Y) + first);
+    if (args_.out == DType::f16) store_columns_as(values, count, static_cast<f16*>(args_.Y) + first);
+  }
+
+  template <class Out>
+  PEFTFAST_INLINE void store_columns_as(const float* values, int64_t count, Out* out) {
+    for (int64_t p = 0; p < count; p += S::width) {
+      if (p + S::width <= count)
+        S::store(out + p, S::load(values + p));
+      else
+        store_first<S>(out + p, S::load(values + p), count - p);
+    }
+  }
+
+  const LinearArgs& args_;
+  const int64_t column_, columns_, width_;  // width_: columns_, rounded up to whole panels
+  int64_t row_begin_ = 0;
+  float* low_rank_ = nullptr;  // this strip of L, in sub-panels
+  float* parked_ = nullptr;    // [rows, ld_parked()]
+  uint32_t* words_ = nullptr;  // [tile_rows, width_ + slack]
+  const uint32_t* row_words_[S::tile_rows] = {};
+  float before_[S::tile_rows * NR];  // accumulators set aside while another adapter's term is made
+};
+
+// One row of X [Q] to its places among rows_in_tiles rows: for each step of the reduction, a tile above another.
+template <class S>
+void arrange_in_tiles(const void* row, int64_t Q, void* place) {
+  if constexpr (S::has_matrix_tiles) {
+    const bf16* x = static_cast<const bf16*>(row);
+    bf16* out = static_cast<bf16*>(place);
+    constexpr int64_t depth = S::matrix_depth;
+    int64_t q = 0;
+    for (; q + depth <= Q; q += depth) S::store_pairs(out + q * rows_in_tiles, S::load_pairs(x + q));
+    if (q == Q) return;
+    std::memset(out + q * rows_in_tiles, 0, depth * sizeof(bf16));
+    std::memcpy(out + q * rows_in_tiles, x + q, (Q - q) * sizeof(bf16));
+  }
+}
+
+template <class S, class T>
+void linear(const LinearArgs& args, int64_t column, int64_t columns, int64_t row_begin, int64_t row_end) {
+  LinearStrip<S, T>(args, column, columns).run(row_begin, row_end);
+}
+
+}  // namespace
+}  // namespace peftfast::cpu
