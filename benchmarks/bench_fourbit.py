@@ -300,7 +300,7 @@ def share_bar(what: str, bar: float, rows: list[dict[str, Any]], isa: str) -> di
                     seen.append(f"{point.call} M={point.M} {name}: {found['ceiling_share']:.0%}")
                     checks.append(found["ceiling_share"] >= bar)
     if seen and not native:
-        seen[0] = f"{isa} has no dpbf16; of the peak of the multiply-add that it uses, {seen[0]}"
+        seen[0] = f"{isa} does not use dpbf16; of the peak of what it uses, {seen[0]}"
     return verdict(what, f"at least {bar:.0%}", seen, checks if native else [], gaps=0 if native else 1)
 
 

@@ -10,7 +10,7 @@ import pytest
 import peftfast
 
 TESTS = Path(__file__).parent
-KNOWN = ["avx512_bf16", "avx512", "avx2", "scalar"]  # best first
+KNOWN = ["amx", "avx512_bf16", "avx512", "avx2", "scalar"]  # best first
 IN_USE, ISAS = peftfast.build_info()["isa"], list(peftfast.build_info()["isas"])
 
 

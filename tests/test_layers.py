@@ -131,5 +131,5 @@ def test_a_family_is_found_in_every_folder(noun):
 
 def test_instruction_sets_and_their_files():
     """Each set has its file that opens the target region, and its Simd."""
-    for isa in ("scalar", "avx2", "avx512", "avx512_bf16"):
+    for isa in ("scalar", "avx2", "avx512", "avx512_bf16", "amx"):
         assert (ROOT / f"csrc/cpu/{isa}.cpp").is_file() and (ROOT / f"csrc/cpu/simd_{isa}.h").is_file()

@@ -198,7 +198,7 @@ def test_data_sets_are_named_with_configuration_split_and_type(tmp_path):
 
 def test_bf16_auto_goes_by_the_machine(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    for isa, dtype in {"avx2": "fp32", "avx512_bf16": "bf16"}.items():
+    for isa, dtype in {"avx2": "fp32", "avx512_bf16": "bf16", "amx": "bf16"}.items():
         monkeypatch.setattr(peftfast, "build_info", lambda isa=isa: {"isa": isa})
         assert read_config(config(tmp_path, "bf16: auto")) == {"dtype": dtype}
 

@@ -18,7 +18,8 @@ struct Avx512Bf16 : Avx512 {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(load_half(first)),
                            _mm512_slli_epi32(_mm512_cvtepu16_epi32(load_half(second)), 16));
   }
-  // The same of two vectors of floats, rounded.
+  // The same of two vectors of floats, rounded; what is too small for a normal number becomes zero. store() has no use for
+  // that instruction: dequantized values keep what is that small.
   PEFTFAST_INLINE static Pairs round_pairs(F first, F second) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(bit_cast<__m256i>(_mm512_cvtneps_pbh(first))),
                            _mm512_slli_epi32(_mm512_cvtepu16_epi32(bit_cast<__m256i>(_mm512_cvtneps_pbh(second))), 16));
@@ -26,9 +27,6 @@ struct Avx512Bf16 : Avx512 {
   PEFTFAST_INLINE static F dot(Pairs a, Pairs b, F c) {
     return _mm512_dpbf16_ps(c, bit_cast<__m512bh>(a), bit_cast<__m512bh>(b));
   }
-
-  using Avx512::store;
-  PEFTFAST_INLINE static void store(bf16* p, F x) { store_half(p, bit_cast<__m256i>(_mm512_cvtneps_pbh(x))); }
 };
 
 }  // namespace

@@ -175,7 +175,7 @@ def _bf16(path: Path, key: str, value: object) -> bool:
 
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return peftfast.build_info()["isa"] == "avx512_bf16"
+    return peftfast.build_info()["isa"] in ("amx", "avx512_bf16")
 
 
 def _dataset(path: Path, key: str, name: str, value: object) -> dict[str, object]:

@@ -172,22 +172,38 @@ PEFTFAST_INLINE void multiply_add(Accumulators<typename Mode::S, rows>& c, const
 // lanes of a vector are chains of their own.
 constexpr int64_t chain = 128;
 
+// Products of few rows, which are bound by packing, can afford the best: as many chains as each is long.
+PEFTFAST_INLINE int64_t chain_for(int64_t rows, int64_t Q) {
+  int64_t length = chain;
+  while (rows <= 64 && length > 8 && length * length > Q) length /= 2;
+  return length;
+}
+
 // multiply_add, but each accumulator adds up chains.
 template <class Mode, int rows>
 PEFTFAST_INLINE void multiply_add_in_chains(Accumulators<typename Mode::S, rows>& c, const typename Mode::X* x,
                                             int64_t ldx, int64_t stride_x, const typename Mode::Panel* panel,
-                                            int64_t ldp, int64_t Q) {
+                                            int64_t ldp, int64_t Q, int64_t chain) {
   using S = typename Mode::S;
   static_assert(Mode::unit == 1);
-  alignas(64) float sums[rows * tile_columns<S>];
-  for (int64_t q = 0; q < Q; q += chain) {
-    store_tile<S, rows>(c, sums, tile_columns<S>);
-    clear<S, rows>(c);
-    multiply_add<Mode, rows>(c, x + q * stride_x, ldx, stride_x, panel + q * ldp, ldp, std::min(chain, Q - q));
+  alignas(64) float sums[2][rows * tile_columns<S>];  // of every other chain
+  store_tile<S, rows>(c, sums[0], tile_columns<S>);
+  clear<S, rows>(c);
+  store_tile<S, rows>(c, sums[1], tile_columns<S>);
+  const auto add = [&](float* sum) __attribute__((always_inline)) {
     for (int i = 0; i < rows; ++i)
       for (int j = 0; j < S::tile_vectors; ++j)
-        c[i][j] = S::add(c[i][j], S::load(sums + i * tile_columns<S> + j * S::width));
+        c[i][j] = S::add(c[i][j], S::load(sum + i * tile_columns<S> + j * S::width));
+  };
+  int turn = 0;
+  for (int64_t q = 0; q < Q; q += chain, turn ^= 1) {
+    clear<S, rows>(c);
+    multiply_add<Mode, rows>(c, x + q * stride_x, ldx, stride_x, panel + q * ldp, ldp, std::min(chain, Q - q));
+    add(sums[turn]);
+    store_tile<S, rows>(c, sums[turn], tile_columns<S>);
   }
+  load_tile<S, rows>(c, sums[0], tile_columns<S>);
+  add(sums[1]);
 }
 
 // Calls f(std::integral_constant<int, rows>) for a row count known only at run time.
@@ -305,11 +321,12 @@ struct DotMode<S, T, true> {
 
 // Rows of W at a time. One row of X leaves the kernel waiting for memory, which is fastest read as one stream, unless
 // an fp32 row of X takes so much of L1 that it is better used for several. More rows keep as many products in the
-// register tile as it holds.
+// register tile as it holds, or half as many where that leaves each two accumulators, of half the chain.
 template <class S, class T, int rows>
 constexpr int dot_columns() {
   int columns = rows > 1 ? 8 : sizeof(T) == 4 ? 4 : 1;
-  while (columns * rows > S::tile_rows * S::tile_vectors) columns /= 2;
+  const int accumulators = rows > 1 && rows <= 4 ? 2 : 1;
+  while (columns * rows * accumulators > S::tile_rows * S::tile_vectors) columns /= 2;
   return columns;
 }
 

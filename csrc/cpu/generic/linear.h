@@ -222,7 +222,7 @@ class LinearStrip {
       load_tile<S, rows>(c, parked, ld_parked());
     const T* x = X() + m * args_.ldx + q;
     if constexpr (std::is_same_v<T, float>)
-      multiply_add_in_chains<Mode, rows>(c, x, args_.ldx, 1, panel, NR, n);
+      multiply_add_in_chains<Mode, rows>(c, x, args_.ldx, 1, panel, NR, n, chain_for(args_.M, args_.Q));
     else
       multiply_add<Mode, rows>(c, x, args_.ldx, 1, panel, NR, n);
     if (!last) {
@@ -260,7 +260,7 @@ class LinearStrip {
       const float* L = low_rank_ + p / NR * (args_.R * NR) + segment.begin * NR;
       const int64_t ranks = segment.end - segment.begin;
       if constexpr (std::is_same_v<T, float>)
-        multiply_add_in_chains<LowRank, rows>(c, U, args_.R, 1, L, NR, ranks);
+        multiply_add_in_chains<LowRank, rows>(c, U, args_.R, 1, L, NR, ranks, chain);
       else
         multiply_add<LowRank, rows>(c, U, args_.R, 1, L, NR, ranks);
       if (segment.threshold == 0) continue;
@@ -334,7 +334,8 @@ class LinearStrip {
       for (int64_t p = 0; p < columns_; p += NR) {
         Accumulators<S, n.value> c;
         load_tile<S, n.value>(c, parked_ + p, ld_parked());
-        multiply_add_in_chains<Straight, n.value>(c, workspace, args_.Q, 1, W() + column_ + p, args_.ldw, args_.Q);
+        multiply_add_in_chains<Straight, n.value>(c, workspace, args_.Q, 1, W() + column_ + p, args_.ldw, args_.Q,
+                                                  chain_for(args_.M, args_.Q));
         store_tile<S, n.value>(c, parked_ + p, ld_parked());
       }
     });

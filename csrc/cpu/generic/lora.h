@@ -139,7 +139,7 @@ void outer(const OuterArgs& args, int64_t column) {
             float* sum = sums + j * panel_columns + p;
             load_tile<S, n.value>(c, sum, panel_columns);
             multiply_add_in_chains<Mode, n.value>(c, args.V + m * args.R + j, 1, args.R, panel + p / NR * (block * NR),
-                                                  NR, rows);
+                                                  NR, rows, chain);
             store_tile<S, n.value>(c, sum, panel_columns);
           });
     }
