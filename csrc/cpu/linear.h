@@ -55,7 +55,7 @@ void down(const std::vector<Down>& list, DType dtype, const Threads& threads) {
 // The dtype that X and a 4-bit weight are multiplied in. fp32 is never less accurate, and costs nothing more where
 // there is no instruction for 16 bits; few rows are bound by the reading of the weight.
 DType product_dtype(const LinearArgs& args, DType wanted) {
-  if (args.M <= few_rows && args.reduction_contiguous) return DType::f32;
+  if (args.along_rows) return DType::f32;
   if (wanted == args.out) return wanted;
   return args.out == DType::f32 && wanted == DType::bf16 && table().bf16_dot ? DType::bf16 : DType::f32;
 }
@@ -70,7 +70,7 @@ struct Form {
 Form form_of(const LinearArgs& args, DType compute) {
   Form form{.dtype = args.fourbit ? product_dtype(args, compute) : args.out};
   const int64_t arranged = 4 * table().arranged_size(args.Q);
-  form.for_few = args.fourbit && args.M <= few_rows && args.reduction_contiguous && arranged > 0;
+  form.for_few = args.fourbit && args.along_rows && arranged > 0;
   form.in_tiles = form.dtype == DType::bf16 && table().wants_matrix_tiles(args);
   if (form.for_few)
     form.row_bytes = arranged;
@@ -110,6 +110,8 @@ void linear(std::vector<LinearArgs> list, DType compute, const Threads& threads)
     return round_up(round_up(list[i].M, forms[i].in_tiles ? rows_in_tiles : 1) * forms[i].row_bytes, 64);
   };
   for (size_t i = 0; i < list.size(); ++i) {
+    const DType wanted = list[i].fourbit ? compute : list[i].out;
+    list[i].along_rows = list[i].reduction_contiguous && list[i].M <= table().few_rows[static_cast<int>(wanted)];
     list[i].bf16_codes = compute == DType::bf16;
     forms.push_back(form_of(list[i], compute));
     conversions.push_back({forms[i].row_bytes > 0 ? list[i].M : 0, list[i].Q});
@@ -139,7 +141,7 @@ void linear(std::vector<LinearArgs> list, DType compute, const Threads& threads)
   int64_t all_panels = 0, all_strips = 0;
   for (size_t i = 0; i < list.size(); ++i) all_panels += strips(i, panel_columns);
   for (size_t i = 0; i < list.size(); ++i) {
-    int64_t wide = list[i].M <= few_rows ? panel_columns : table().linear_columns[static_cast<int>(forms[i].dtype)];
+    int64_t wide = list[i].along_rows ? panel_columns : table().linear_columns[static_cast<int>(forms[i].dtype)];
     while (wide > panel_columns && all_panels * panel_columns < 2 * threads.count * wide) wide /= 2;
     columns.push_back(wide);
     all_strips += strips(i, wide);

@@ -12,9 +12,6 @@ namespace peftfast::cpu {
 // The columns of a packed operand: with a full reduction block they stay in a core's L2 cache.
 constexpr int64_t panel_columns = 64;
 
-// With at most this many rows, packing a weight costs more than it saves.
-constexpr int64_t few_rows = 12;
-
 // Rows of X that matrix tiles take at a time.
 constexpr int64_t rows_in_tiles = 32;
 
@@ -85,7 +82,8 @@ struct LinearArgs {
   void* Y;            // [M, P]
   DType out;          // of Y; X may be in another one
   int64_t first_row;  // of X, in the matrix that the dropout generator counts
-  bool bf16_codes;    // few rows: the values that 4-bit codes stand for may be rounded to bf16
+  bool along_rows;    // few rows, reduction contiguous: W is read as it is
+  bool bf16_codes;    // and the values that 4-bit codes stand for may be rounded to bf16
   Addend addends[2];  // not beside a 4-bit W
 };
 
@@ -130,6 +128,7 @@ struct Table {
   bool bf16_dot;  // multiplies pairs of bf16 in one instruction
   void (*transpose[dtype_count])(const TransposeArgs& args, int64_t begin, int64_t end);
   void (*down[dtype_count])(const DownArgs& args, int64_t row_begin, int64_t row_end);
+  int64_t few_rows[dtype_count];        // with at most so many, packing a weight costs more than it saves
   int64_t linear_columns[dtype_count];  // the most that `linear` gains by
   void (*linear[dtype_count])(const LinearArgs& args, int64_t column, int64_t columns, int64_t row_begin,
                               int64_t row_end);

@@ -29,23 +29,20 @@ constexpr int64_t panel_bytes = 512 * 1024;
 template <class S, class T>
 constexpr bool in_matrix_tiles = S::has_matrix_tiles && std::is_same_v<T, bf16>;
 
-// Few rows, reduction contiguous: W is read as it is. Those of a 4-bit weight are read as floats: others could not
-// follow the precision of its decoded values.
-template <class T>
-bool along_rows(const LinearArgs& args) {
-  return args.M <= few_rows && args.reduction_contiguous && (!args.fourbit || std::is_same_v<T, float>);
-}
-
 // At most one register tile of rows, columns contiguous: W itself is the panel.
-template <class S>
+template <class S, class T>
 bool down_columns(const LinearArgs& args) {
-  return args.M <= S::tile_rows && !args.reduction_contiguous && !args.fourbit && args.P % panel_columns == 0;
+  constexpr int64_t most = in_matrix_tiles<S, T> ? 2 : S::tile_rows;
+  return args.M <= most && !args.reduction_contiguous && !args.fourbit && args.P % panel_columns == 0;
 }
 
 template <class S>
 bool wants_matrix_tiles(const LinearArgs& args) {
-  return S::has_matrix_tiles && !along_rows<bf16>(args) && !down_columns<S>(args);
+  return S::has_matrix_tiles && !args.along_rows && !down_columns<S, bf16>(args);
 }
+
+template <class S, class T>
+constexpr int64_t few_rows = in_matrix_tiles<S, T> ? 4 : 12;
 
 template <class S, class T>
 constexpr int64_t linear_columns = in_matrix_tiles<S, T> ? 4 * panel_columns : panel_columns;
@@ -67,7 +64,7 @@ class LinearStrip {
     const int64_t block_size = in_matrix_tiles<S, T> ? block_of_tiles : most;
     const int64_t blocks = std::max<int64_t>(1, (args_.Q + block_size - 1) / block_size);
     const int64_t block = std::max<int64_t>(64, ((args_.Q + blocks - 1) / blocks + 63) / 64 * 64);
-    const bool few = along_rows<T>(args_), straight = down_columns<S>(args_);
+    const bool few = args_.along_rows, straight = down_columns<S, T>(args_);
     const bool parked = blocks > 1 || few || straight || in_matrix_tiles<S, T>;
     const int64_t rows = row_end - row_begin;
 
