@@ -95,14 +95,22 @@ void decode_run(const FourBitMatrix& W, const AbsmaxReader& absmax, int64_t firs
   }
 }
 
+// The scale of the block that was decoded last.
+struct BlockScale {
+  int64_t block = -1;
+  float scale = 0;
+};
+
 // Elements first ... first + n - 1 in the first lanes, n <= width; what the other lanes hold is not said.
 template <class S, class Codebook>
 PEFTFAST_INLINE typename S::F decode_vector(const FourBitMatrix& W, const AbsmaxReader& absmax,
-                                            const Codebook& codebook, int64_t first, int64_t n) {
+                                            const Codebook& codebook, int64_t first, int64_t n, BlockScale& last) {
   if constexpr (S::width > 1) {
     const int64_t block = absmax.block_of(first);
-    if (n == S::width && first % 2 == 0 && absmax.block_of(first + S::width - 1) == block)
-      return S::mul(S::decode(codebook, S::consecutive_codes(W.packed + first / 2)), S::set1(absmax(block)));
+    if (n == S::width && first % 2 == 0 && absmax.block_of(first + S::width - 1) == block) {
+      if (block != last.block) last = {block, absmax(block)};
+      return S::mul(S::decode(codebook, S::consecutive_codes(W.packed + first / 2)), S::set1(last.scale));
+    }
   }
   float values[S::width] = {};
   decode_run<S>(W, absmax, first, n, values);
@@ -189,13 +197,14 @@ void pack_fourbit_straight(const FourBitMatrix& W, int64_t P, int64_t column, in
   const AbsmaxReader absmax(W);
   const auto codebook = S::codebook(fourbit::codebook_of(W.type));
   const int64_t padded = (Q + Mode::unit - 1) / Mode::unit * Mode::unit;
+  BlockScale scales[per_row];
   for (int64_t r = 0; r < padded; r += per_row) {
-    __builtin_prefetch(W.packed + ((q + std::min(r + rows_ahead, Q - 1)) * P + column) / 2);
+    prefetch_row(W.packed + ((q + std::min(r + rows_ahead, Q - 1)) * P + column) / 2, (columns + 1) / 2);
     for (int64_t p = 0; p < (columns + NR - 1) / NR * NR; p += S::width) {
       const int64_t n = std::clamp<int64_t>(columns - p, 0, S::width);
       const auto row = [&](int64_t i) __attribute__((always_inline)) {
         if (r + i >= Q || n == 0) return S::zero();
-        return decode_vector<S>(W, absmax, codebook, (q + r + i) * P + column + p, n);
+        return decode_vector<S>(W, absmax, codebook, (q + r + i) * P + column + p, n, scales[i]);
       };
       auto* out = panel + p / NR * subpanel_size + r / per_row * NR + p % NR;
       if constexpr (pairs)
