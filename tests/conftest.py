@@ -2,7 +2,7 @@ import os
 
 # Before anything imports huggingface_hub: a test never reaches for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Before anything multiplies: what our error is compared with runs on the same instructions, as where there are no others.
+# Before anything multiplies: what our error is compared with has no more instructions than we have.
 if os.environ.get("PEFTFAST_CPU_ISA") == "avx2":
     os.environ["MKL_ENABLE_INSTRUCTIONS"] = "AVX2"
 

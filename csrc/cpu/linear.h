@@ -161,7 +161,7 @@ void linear(std::vector<LinearArgs> list, DType compute, const Threads& threads)
       const int64_t first = item % parts[i] * rows[i];
       if (first < args.M)
         table().linear[static_cast<int>(forms[i].dtype)](args, item / parts[i] * columns[i], columns[i], first,
-                                                    std::min(first + rows[i], args.M));
+                                                         std::min(first + rows[i], args.M));
     }
   });
 }

@@ -1,5 +1,5 @@
-// AMX with BF16: eight registers of 16 rows of 64 bytes, "matrix tiles", and one instruction that multiplies two of them
-// into a third. Everything else is as on AVX-512 with BF16.
+// AMX with BF16: eight registers of 16 rows of 64 bytes, "matrix tiles", and one instruction that multiplies two of
+// them into a third. Everything else is as on AVX-512 with BF16.
 #pragma once
 
 #include "simd_avx512_bf16.h"

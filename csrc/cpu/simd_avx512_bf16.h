@@ -18,8 +18,8 @@ struct Avx512Bf16 : Avx512 {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(load_half(first)),
                            _mm512_slli_epi32(_mm512_cvtepu16_epi32(load_half(second)), 16));
   }
-  // The same of two vectors of floats, rounded; what is too small for a normal number becomes zero. store() has no use for
-  // that instruction: dequantized values keep what is that small.
+  // The same of two vectors of floats, rounded; what is too small for a normal number becomes zero. store() has no use
+  // for that instruction: dequantized values keep what is that small.
   PEFTFAST_INLINE static Pairs round_pairs(F first, F second) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(bit_cast<__m256i>(_mm512_cvtneps_pbh(first))),
                            _mm512_slli_epi32(_mm512_cvtepu16_epi32(bit_cast<__m256i>(_mm512_cvtneps_pbh(second))), 16));
