@@ -69,6 +69,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OlmoeConfig, Pretrai
 
 import peftfast
 from peftfast import testing
+from peftfast.cli.model import return_freed_memory
 from peftfast.integrations.experts import FourBitExperts, is_experts, projections, quantize_experts, weight_of
 from peftfast.nn import Linear4bit
 from peftfast.ops import fourbit_quantize
@@ -238,6 +239,7 @@ def run_model(
 ) -> list[dict[str, Any]]:
     """The rows of one model, in ascending order of the lengths."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT's use of it.
+    return_freed_memory()  # As `peftfast train` does; the rival has it too.
     torch.manual_seed(0)
     config = CONFIGS[name](**({"num_hidden_layers": options.layers} if options.layers else {}))
     begin = time.perf_counter()

@@ -16,6 +16,14 @@ from peftfast.ops.devices import KERNEL_DEVICES, cuda_state
 hypothesis.settings.register_profile("fuzz", max_examples=10_000)  # --hypothesis-profile fuzz
 
 
+def bitsandbytes_misreads(inputs, blocksize=64):
+    """Whether bitsandbytes 0.50.2 decodes a weight of so many columns wrongly here: blocks that straddle rows, on a CPU
+    with AVX-512. A test cannot hold us to that."""
+    return (
+        torch.backends.cpu.get_cpu_capability() == "AVX512" and inputs % blocksize != 0 and blocksize < 2048
+    )
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--device",

@@ -433,6 +433,7 @@ def in_bitsandbytes(model):
         if type(module) is nn.Linear and not name.endswith("lm_head"):
             linear = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=False, quant_type="nf4")
             linear.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
+            linear.support_avx512bf16_for_cpu = False  # or it computes in bfloat16 in eval mode, on some CPUs
             model.set_submodule(name, linear.to("cpu"))
     return model
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from conftest import bitsandbytes_misreads
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import (
@@ -211,6 +212,8 @@ def test_qlora_trains_a_plain_adapter_over_4_bit_layers(model_folder, pairs, tmp
 
 def test_plain_peft_over_bitsandbytes_is_the_same_model(model_folder, pairs, tmp_path):
     pytest.importorskip("bitsandbytes")
+    if bitsandbytes_misreads(inputs=32):
+        pytest.skip("bitsandbytes 0.50.2 misreads blocks that straddle rows on CPUs with AVX-512")
     qlora(model_folder, pairs, tmp_path / "out")
     ids = torch.arange(10)[None]
     logits = []

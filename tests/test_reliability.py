@@ -4,8 +4,12 @@ The fuzzing goes on for as long as it is told: `pytest tests/test_reliability.py
 """
 
 import json
+import os
+import platform
 import shutil
 import struct
+import subprocess
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -74,6 +78,28 @@ def test_two_thousand_steps_take_no_more_memory_than_two_hundred(fourbit):
     assert losses[-1] < losses[0]
     # What a step allocates is about 100 KB: one in a hundred that stays would be 2 MB.
     assert resident[1999] - resident[199] < 2 * 2**20
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep memory otherwise")
+def test_freed_memory_goes_back():
+    """Large blocks between small ones that stay, as activations lie between gradients."""
+    script = """
+import psutil, torch
+from peftfast.cli.model import return_freed_memory
+return_freed_memory()
+before, kept = psutil.Process().memory_info().rss, []
+for _ in range(60):
+    large = torch.ones(2**20)
+    kept.append((large, torch.ones(2**14)))
+kept = [small for large, small in kept]
+del large
+print(psutil.Process().memory_info().rss - before)
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    ran = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment
+    )
+    assert int(ran.stdout) < 40 * 2**20  # of the 240 MiB
 
 
 def test_two_models_train_in_two_threads_as_each_does_alone():

@@ -2,9 +2,9 @@
 // of the adapters, from the micro-kernels of generic/lora.h:
 //
 //   forward    U = s drop(X) A^T                       split over rows: dot products along K
-//              Y = X W^T + bias + U B^T                split over panels of 64 columns (and blocks of rows)
+//              Y = X W^T + bias + U B^T                split over strips of columns (and blocks of rows)
 //   backward   V = s G B                               split over rows
-//              dX = G W + drop'(V A)                   split over panels, as Y
+//              dX = G W + drop'(V A)                   split over strips, as Y
 //              grad_A = V^T drop(X), grad_B = G^T U    split over panels; a thread sums all rows of its columns
 //
 // All groups go through a step together, so that a thread takes its share of the work, not of the groups; only the

@@ -38,7 +38,7 @@ from peftfast.cli.config_file import read_config
 from peftfast.cli.errors import UserError
 from peftfast.cli.experts import experts_of
 from peftfast.cli.load import describe, expert_load, recorded
-from peftfast.cli.model import is_local_model, load_model, load_tokenizer
+from peftfast.cli.model import is_local_model, load_model, load_tokenizer, return_freed_memory
 from peftfast.cli.records import check_raw_text, read_records
 from peftfast.cli.settings import BITSANDBYTES_OPTIMIZERS, DTYPES, TrainSettings, option
 
@@ -157,6 +157,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> TrainResul
     huggingface_hub.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    return_freed_memory()
     if settings.optimizer in BITSANDBYTES_OPTIMIZERS:
         from peftfast.cli.trainer import check_bitsandbytes
 
