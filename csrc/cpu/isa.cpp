@@ -5,8 +5,8 @@
 #include <unistd.h>
 #endif
 
-#include <array>
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -39,11 +39,10 @@ struct Isa {
 
 // Best first. The features are those of the target region at the top of each instruction set's .cpp; the compiler's
 // own check covers the CPU and the operating system's part (saved registers).
-const std::array<Isa, 5> isas{{
-#if defined(PEFTFAST_EMULATE_AVX512)
+const Isa isas[] = {
+#if defined(PEFTFAST_EMULATE_AVX512)  // all of avx512 but its products in bf16 is in these two as well
     {"amx", [] { return true; }, &amx_table},
     {"avx512_bf16", [] { return true; }, &avx512_bf16_table},
-    {"avx512", [] { return true; }, &avx512_table},
 #else
     {"amx",
      [] {
@@ -63,7 +62,7 @@ const std::array<Isa, 5> isas{{
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
      &avx2_table},
     {"scalar", [] { return true; }, &scalar_table},
-}};
+};
 
 const Isa& choose() {
   const char* forced = std::getenv("PEFTFAST_CPU_ISA");
@@ -86,7 +85,7 @@ const Isa& isa() {
 
 const Table& table() { return *isa().table; }
 
-int isa_count() { return static_cast<int>(isas.size()); }
+int isa_count() { return static_cast<int>(std::size(isas)); }
 
 IsaInfo isa_info(int index) { return {isas[index].name, isas[index].supported()}; }
 
