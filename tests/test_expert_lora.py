@@ -98,12 +98,19 @@ def stock_results(model, stock, value=lambda p: p.grad):
 # ---- what it computes ---------------------------------------------------------------------------------------
 
 
+def in_float64(model, stock):
+    """What PEFT computes, exactly: in fp32 it is off by more than we may be from it."""
+    exact = copy.deepcopy(stock).double()
+    exact.get_base_model().set_experts_implementation("eager")  # the others have no float64
+    return stock_results(model, exact)
+
+
 @pytest.mark.parametrize("kind", ["olmoe", "gpt_oss", "mixtral", "deepseek_v3", "nemotron_h"])
 def test_all_experts_are_as_with_peft(kind):
     model = adapted(base_model(kind))
     theirs = stock_results(model, stock_of(model, base_model(kind)))
     assert len(theirs) == 1 + 4 * len(layers_of(model)) > 1
-    check_equal(results(model), theirs)
+    check_equal(results(model), in_float64(model, stock_of(model, base_model(kind))))
 
 
 @pytest.mark.parametrize(
@@ -112,8 +119,7 @@ def test_all_experts_are_as_with_peft(kind):
 )  # fmt: skip
 def test_some_experts_are_as_with_zeros_on_the_others(kind, experts):
     model = adapted(base_model(kind), experts=experts, use_rslora=True)
-    theirs = stock_results(model, stock_of(model, base_model(kind), use_rslora=True))
-    check_equal(results(model), theirs)
+    check_equal(results(model), in_float64(model, stock_of(model, base_model(kind), use_rslora=True)))
     shapes = {
         name: p.shape[0] for name, p in model.named_parameters() if p.requires_grad
     }  # and no parameter of another expert exists
@@ -124,9 +130,7 @@ def test_16_bits_are_as_accurate_as_peft():
     model = adapted(base_model(dtype=torch.bfloat16), experts=SOME)
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
     stock = stock_of(model, base_model(dtype=torch.bfloat16))
-    exact = copy.deepcopy(stock).double()
-    exact.get_base_model().set_experts_implementation("eager")  # the others have no float64
-    exact = stock_results(model, exact)
+    exact = in_float64(model, stock)
     theirs = stock_results(model, stock)
     ours = results(model)
     for name, value in theirs.items():
