@@ -111,7 +111,11 @@ void linear(std::vector<LinearArgs> list, DType compute, const Threads& threads)
   };
   for (size_t i = 0; i < list.size(); ++i) {
     const DType wanted = list[i].fourbit ? compute : list[i].out;
-    list[i].along_rows = list[i].reduction_contiguous && list[i].M <= table().few_rows[static_cast<int>(wanted)];
+    // A sum over few blocks of a 4-bit weight would show that their scales multiply sums: it is packed at no great
+    // cost.
+    const bool short_sums = list[i].fourbit && list[i].Q <= 128;
+    list[i].along_rows =
+        list[i].reduction_contiguous && !short_sums && list[i].M <= table().few_rows[static_cast<int>(wanted)];
     list[i].bf16_codes = compute == DType::bf16;
     forms.push_back(form_of(list[i], compute));
     conversions.push_back({forms[i].row_bytes > 0 ? list[i].M : 0, list[i].Q});
