@@ -174,8 +174,8 @@ __global__ void __launch_bounds__(threads, 1) down_kernel(Down args, bool aligne
     for (int j = 0; j < 4; ++j) parts[((warp * 2 + i) * 4 + j) * lanes + lane] = sums[i][j] + rests[i][j];
   __syncthreads();
   const int i = threadIdx.x / 128, j = threadIdx.x / lanes % 4;
-  float sum = 0;
-  for (int w = 0; w < warps; ++w) sum += parts[((w * 2 + i) * 4 + j) * lanes + lane];
+  float sum = 0, error = 0;
+  for (int w = 0; w < warps; ++w) add(parts[((w * 2 + i) * 4 + j) * lanes + lane], sum, error);
   const int64_t row = rows.first + g + j / 2 * 8;
   const int rank = ranks.first + 8 * i + 2 * t + j % 2;
   if (row < rows.end && rank < ranks.end) args.U[row * in.ranks.R + rank] = sum * scale_of(args, ranks);
@@ -286,8 +286,8 @@ __global__ void __launch_bounds__(threads, 1) outer_kernel(Outer args, bool alig
   for (int i = threadIdx.x; i < rank_tile * column_tile; i += threads) {
     const int rank = ranks.first + i / column_tile;
     const int64_t p = blockIdx.x * int64_t{column_tile} + i % column_tile;
-    float sum = 0;
-    for (int w = 0; w < warps; ++w) sum += parts[w][i / column_tile][i % column_tile];
+    float sum = 0, error = 0;
+    for (int w = 0; w < warps; ++w) add(parts[w][i / column_tile][i % column_tile], sum, error);
     if (rank < ranks.end && p < in.columns) D[rank * in.columns + p] = in.dropout ? sum * ranks.keep_scale : sum;
   }
 }
