@@ -12,6 +12,10 @@ backward with every decoder layer checkpointed (unless --no-checkpointing), Adam
 - with --compare: one model on `bitsandbytes.nn.Linear4bit`, or a dense one, timed in turn as "stock" (PEFT,
   transformers and bitsandbytes as they are) and as "peftfast" (the same model, as above). By how much memory grows in
   a step of either is measured, too.
+- with --memory-limit, on a GPU: for each limit the longest sequence that a step goes through with, found by trying, and
+  the speed there and at 2048 tokens. The limit is that of all that the process has on the GPU: the CUDA context, which
+  is measured, and torch's allocator, which gets the rest. With --compare "stock" is tried too, in a process of its own,
+  but without --embeddings and --activation-offloading, which it does not have.
 
 Usage:
 
@@ -20,6 +24,7 @@ Usage:
     python benchmarks/bench_7b.py --layers 8 --tokens 512 --compare --dtype fp32
     python benchmarks/bench_7b.py --model olmoe-1b-7b --tokens 512 --expert-share 1 0.25
     python benchmarks/bench_7b.py --model tinyllama-1.1b --tokens 512 --compare --no-checkpointing --dense --dtype fp32
+    python benchmarks/bench_7b.py --device cuda --model llama-3.1-8b --rank 32 --memory-limit 8GB 24GB --compare
     python benchmarks/bench_7b.py --model tiny --steps 3                       # to see it work; seconds
 
 The dtype is that of activations, products, embeddings and lm_head. Each model has a process of its own. The peak of
@@ -34,6 +39,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
+import itertools
+import re
 import resource
 import time
 import warnings
@@ -47,7 +55,6 @@ from typing import Any
 
 import psutil
 import torch
-from bench_fourbit import bitsandbytes_layer
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from record import (
@@ -71,7 +78,8 @@ import peftfast
 from peftfast import testing
 from peftfast.cli.model import return_freed_memory
 from peftfast.integrations.experts import FourBitExperts, is_experts, projections, quantize_experts, weight_of
-from peftfast.nn import Linear4bit
+from peftfast.nn import Linear4bit, quantize_embeddings
+from peftfast.nn.embeddings import EMBEDDINGS
 from peftfast.ops import fourbit_quantize
 
 CONFIGS: dict[str, Callable[..., PretrainedConfig]] = {
@@ -121,7 +129,8 @@ CONFIGS: dict[str, Callable[..., PretrainedConfig]] = {
         num_attention_heads=4,
     ),
 }
-RANK = 16
+LIMITED_TOKENS = 2048  # where the speed under a limit is measured, beside the longest sequence
+PROBED = 256  # tokens: how finely that is looked for, at first
 STDERR = Console(stderr=True)
 
 
@@ -136,6 +145,10 @@ class Point:
     dense: bool
     checkpointing: bool
     expert_share: float | None = None  # of the experts of each layer, those with adapters
+    rank: int = 16
+    embeddings: str | None = None  # "4bit", "8bit": the head, too
+    offloading: bool = False
+    memory_limit: str | None = None
 
 
 # ---------------------------------------------------------------------------------------------- the model
@@ -162,18 +175,25 @@ def build(
         if type(module) is nn.Linear and module is not head and not options.dense:
             bias = None if module.bias is None else filled(module.bias)
             quantized = fourbit_quantize(filled(module.weight))
-            layer = (bitsandbytes_layer if stock else Linear4bit.from_quantized)(quantized, bias, dtype)
+            if stock:
+                from bench_fourbit import bitsandbytes_layer  # which takes bitsandbytes
+
+                layer = bitsandbytes_layer(quantized, bias, dtype)
+            else:
+                layer = Linear4bit.from_quantized(quantized, bias, dtype)
             model.set_submodule(name, layer)
         else:
             for key, parameter in module.named_parameters(recurse=False):
                 setattr(module, key, nn.Parameter(filled(parameter), requires_grad=False))
             if is_experts(module) and not stock and not options.dense:
                 quantize_experts(module)
+    if options.embeddings:
+        quantize_embeddings(model, options.embeddings)
     model.is_loaded_in_4bit = not options.dense  # As transformers tells PEFT.
     if options.checkpointing:
         model.activation_checkpointing_enable()
         model.enable_input_require_grads()
-    options = dict(r=RANK, lora_alpha=32, task_type="CAUSAL_LM")
+    options = dict(r=options.rank, lora_alpha=2 * options.rank, task_type="CAUSAL_LM")
     if expert_share is None:
         adapters = LoraConfig(target_modules="all-linear", lora_dropout=0.05, **options)
     else:
@@ -189,16 +209,18 @@ def build(
     return get_peft_model(model, adapters).train()
 
 
-def trainer(model: nn.Module, device: str) -> Callable[[int], Callable[[], None]]:
+def trainer(model: nn.Module, options: argparse.Namespace) -> Callable[[int], Callable[[], None]]:
     """Given a number of tokens, the training step on a sequence of so many."""
+    offload = peftfast.offload_activations(model) if options.offloading else contextlib.nullcontext()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
 
     def step_on(tokens: int) -> Callable[[], None]:
-        ids = torch.randint(model.config.vocab_size, (1, tokens), device=device)
+        ids = torch.randint(model.config.vocab_size, (1, tokens), device=options.device)
 
         def step() -> None:
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            with offload:
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -210,7 +232,9 @@ def trainer(model: nn.Module, device: str) -> Callable[[int], Callable[[], None]
     return step_on
 
 
-def least_flops(model: nn.Module, tokens: int, checkpointing: bool, expert_share: float | None) -> int:
+def least_flops(
+    model: nn.Module, tokens: int, options: argparse.Namespace, expert_share: float | None
+) -> int:
     """Of the linear layers in one step; a multiply-add counts 2. Tokens are taken to go to all experts alike."""
     head = model.get_base_model().get_output_embeddings()
     flops = 2 * 2 * tokens * head.in_features * head.out_features
@@ -226,8 +250,8 @@ def least_flops(model: nn.Module, tokens: int, checkpointing: bool, expert_share
                 adapted.append((K, N, model.config.num_experts_per_tok))
     for K, N, times in adapted:
         rows, adapters = int(tokens * times), expert_share if times > 1 else 1
-        passes = 3 if checkpointing else 2
-        flops += passes * 2 * rows * K * N + int(adapters * (passes + 1) * 2 * rows * RANK * (K + N))
+        passes = 3 if options.checkpointing else 2
+        flops += passes * 2 * rows * K * N + int(adapters * (passes + 1) * 2 * rows * options.rank * (K + N))
     return flops
 
 
@@ -250,16 +274,10 @@ def run_model(
     }
     STDERR.print(f"{name}: built in {built['build_seconds']} s, RSS {built['rss_after_build'] / 1e9:.2f} GB")
 
-    step_on = trainer(model, options.device)
-    weights = sum(parameter.nbytes for parameter in model.parameters())
+    step_on = trainer(model, options)
     rows = []
     for tokens in sorted(options.tokens):
-        work = dict(
-            flops=least_flops(model, tokens, options.checkpointing, expert_share),
-            bytes_moved=3 * weights,
-            shrunk=step_on,
-            rows=tokens,
-        )
+        work = work_of(model, tokens, options, expert_share) | dict(shrunk=step_on, rows=tokens)
         # Strict: a layer that is not on the fast path is an error, never a number.
         context = partial(peftfast.enabled, strict=True)
         ours, stock = step_on(tokens), step_on(tokens)
@@ -269,9 +287,7 @@ def run_model(
                 "stock": Contender(stock, **work, peak_bytes=partial(peak_memory, stock)),
                 "peftfast": replace(contenders["peftfast"], peak_bytes=partial(peak_memory, ours, context)),
             }
-        point = Point(
-            name, config.num_hidden_layers, dtype, tokens, options.dense, options.checkpointing, expert_share
-        )
+        point = point_of(options, name, config, dtype, tokens, expert_share)
         with STDERR.status(f"{name}, {tokens} tokens"):
             row = measure(
                 asdict(point),
@@ -291,6 +307,105 @@ def run_model(
             row["implementations"]["peftfast"] |= {"peak_rss": peak_so_far(options.device)} | built
         rows.append(row)
     return rows
+
+
+def work_of(
+    model: nn.Module, tokens: int, options: argparse.Namespace, expert_share: float | None
+) -> dict[str, int]:
+    """What a step does at least, for its Contender: each pass reads all weights."""
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    return dict(flops=least_flops(model, tokens, options, expert_share), bytes_moved=3 * weights)
+
+
+def point_of(
+    options: argparse.Namespace,
+    name: str,
+    config: PretrainedConfig,
+    dtype: str,
+    tokens: int,
+    expert_share: float | None = None,
+    memory_limit: str | None = None,
+) -> Point:
+    layers, dense, checkpointing = config.num_hidden_layers, options.dense, options.checkpointing
+    return Point(
+        name, layers, dtype, tokens, dense, checkpointing, expert_share,
+        options.rank, options.embeddings, options.offloading, memory_limit,
+    )  # fmt: skip
+
+
+def run_limited(
+    options: argparse.Namespace, name: str, dtype: str, limit: str, ceilings: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The rows of one model in so much of a GPU's memory, as "stock" or "peftfast": of 2048 tokens, and of the most."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    limit_memory(gigabytes(limit))
+    torch.manual_seed(0)
+    config = CONFIGS[name](**({"num_hidden_layers": options.layers} if options.layers else {}))
+    contender = "stock" if options.compare else "peftfast"
+    context = contextlib.nullcontext if options.compare else partial(peftfast.enabled, strict=True)
+    point = partial(point_of, options, name, config, dtype, memory_limit=limit)
+    try:
+        model = build(config, options, DTYPES[dtype], None)
+    except torch.OutOfMemoryError:
+        skipped = {"ours": not options.compare, "skipped": "the model does not fit", "longest_tokens": 0}
+        return [{"point": asdict(point(LIMITED_TOKENS)), "implementations": {contender: skipped}}]
+    step_on = trainer(model, options)
+
+    def fits(tokens: int) -> bool:
+        STDERR.print(f"{name} in {limit}, {contender}: {tokens} tokens", highlight=False)
+        try:
+            with context():
+                step_on(tokens)()
+            return True
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            model.zero_grad()
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    rows, most = [], longest(fits, config.max_position_embeddings)
+    for tokens in sorted({min(LIMITED_TOKENS, most), most} - {0}):
+        work = work_of(model, tokens, options, None)
+        step = Contender(step_on(tokens), **work, ours=not options.compare, context=context)
+        row = measure(
+            asdict(point(tokens)), {contender: step}, ceilings,
+            cap=options.cap, budget=0.0, repeats=options.steps, warmup=0, least=options.steps, cuda=True,
+        )  # fmt: skip
+        it = row["implementations"][contender]
+        it |= {"longest_tokens": most, "peak_bytes": torch.cuda.max_memory_reserved()}
+        if "median_ms" in it:
+            it["tokens_per_second"] = float(f"{tokens / it['median_ms'] * 1e3:.4g}")
+        rows.append(row)
+    return rows
+
+
+def limit_memory(limit: float) -> None:
+    """Has torch refuse what would take the process beyond `limit` bytes of the GPU, the CUDA context included."""
+    torch.zeros(1, device="cuda")
+    free, total = torch.cuda.mem_get_info()
+    context = total - free - torch.cuda.memory_reserved()
+    torch.cuda.set_per_process_memory_fraction(max(0.0, limit - context) / total)
+    STDERR.print(
+        f"{limit / 1e9:g} GB, of which the CUDA context takes {context / 1e9:.2f} GB", highlight=False
+    )
+
+
+def longest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number of tokens up to `most` that fits, to within 1/32 of itself or 256; 0: not even that many do.
+
+    A longer sequence takes more memory, so each try halves what is still open.
+    """
+    low, high = 0, min(PROBED, most)
+    while fits(high):
+        low = high
+        if low == most:
+            return low
+        high = min(2 * high, most)
+    while high - low > max(PROBED, low // 32):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def peak_memory(step: Callable[[], None], context: Callable = contextlib.nullcontext) -> int:
@@ -357,7 +472,41 @@ def acceptance(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     ]
 
 
+def limited_acceptance(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """The bars of small cards, for Llama-3.1-8B with rank 32, with what this run has seen of them."""
+    bars = {"8GB": 6_000, "24GB": 90_000}
+    found = {
+        row["point"]["memory_limit"]: row["implementations"]["peftfast"]["longest_tokens"]
+        for row in rows
+        if row["point"]["model"] == "llama-3.1-8b"
+        and row["point"]["rank"] == 32
+        and "peftfast" in row["implementations"]
+    }
+    return [
+        verdict(
+            f"Llama-3.1-8B in {limit}: longest sequence",
+            f"at least {bar} tokens",
+            [f"{found[limit]} tokens"] if limit in found else [],
+            [found[limit] >= bar] if limit in found else [],
+        )
+        for limit, bar in bars.items()
+    ]
+
+
 # ------------------------------------------------------------------------------------------ command line
+
+
+def gigabytes(text: str) -> float:
+    """The bytes of a size such as 8GB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)GB", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 8GB")
+    return float(found[1]) * 1e9
+
+
+def memory_limit(text: str) -> str:
+    gigabytes(text)
+    return text
 
 
 def share_of_all(text: str) -> float:
@@ -392,6 +541,23 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_false",
         help="keep the activations of every layer",
     )
+    add("--rank", type=positive, default=16, metavar="R", help="of the adapters")
+    add(
+        "--embeddings", choices=EMBEDDINGS, help="embeddings and head in 4 or 8 bits; by default in the dtype"
+    )
+    add(
+        "--activation-offloading",
+        dest="offloading",
+        action="store_true",
+        help="on a GPU: what goes from forward to backward waits in main memory",
+    )
+    add(
+        "--memory-limit",
+        nargs="+",
+        type=memory_limit,
+        metavar="SIZE",
+        help="on a GPU: the longest sequence that trains in so much of it, such as 8GB",
+    )
     add("--compare", action="store_true", help="in turn with PEFT + transformers + bitsandbytes")
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--cap", type=float, default=120.0, metavar="S", help="seconds a step from which a rival is skipped")
@@ -399,6 +565,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here")
+    for name in ("memory_limit", "offloading"):
+        if getattr(options, name) and options.device == "cpu":
+            parser.error(
+                f"--{'activation-' * (name == 'offloading')}{name.replace('_', '-')} takes --device cuda"
+            )
+    if options.embeddings and options.compare and not options.memory_limit:
+        parser.error(
+            "--embeddings: with --compare both are timed on one model, and bitsandbytes has no such layers"
+        )
     return options
 
 
@@ -406,20 +581,28 @@ def main() -> None:
     options = parse()
     dtypes = [DTYPES[name] for name in options.dtype]
     record = Record(
-        benchmark="7b-compared" if options.compare else "7b",
+        benchmark="7b-limited" if options.memory_limit else "7b-compared" if options.compare else "7b",
         machine=machine_facts(options.device),
         ceilings=in_own_process(measure_ceilings, dtypes, options.device),
     )
     path = options.json or record.default_path()
     for fact in record.facts():
         STDERR.print(fact, highlight=False)
-    for name in options.model:
+    for name, dtype, limit in itertools.product(options.model, options.dtype, options.memory_limit or []):
+        own = argparse.Namespace(**vars(options) | {"compare": False})
+        stock = argparse.Namespace(**vars(options) | {"embeddings": None, "offloading": False})
+        for contender in [own, stock] if options.compare else [own]:
+            record.rows += in_own_process(run_limited, contender, name, dtype, limit, record.ceilings)
+            record.save(path)
+    for name in [] if options.memory_limit else options.model:
         for dtype in options.dtype:
             for share in options.expert_share if hasattr(CONFIGS[name](), "num_experts_per_tok") else [None]:
                 record.rows += in_own_process(run_model, options, name, dtype, share, record.ceilings)
                 record.save(path)
     if options.device == "cpu":
         record.acceptance = acceptance(record.rows)
+    if options.memory_limit:
+        record.acceptance = limited_acceptance(record.rows)
     record.save(path)
     record.print(Console(width=max(STDERR.width, 120)))
     STDERR.print(f"Record: {path}", highlight=False)

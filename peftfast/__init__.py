@@ -32,6 +32,7 @@ __all__ = [
     "enable",
     "enabled",
     "machine_peak",
+    "offload_activations",
     "profile_experts",
     "report",
 ]
@@ -44,6 +45,7 @@ _LATE = {
     "ExpertLoraConfig": "peftfast.integrations.tuners.expert_lora",
     "MixtureLoraConfig": "peftfast.integrations.tuners.mixture_lora",
     "ExpertProfile": "peftfast.integrations.tuners.profile",
+    "offload_activations": "peftfast.integrations.offload",
     "profile_experts": "peftfast.integrations.tuners.profile",
 }
 

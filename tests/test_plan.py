@@ -18,6 +18,7 @@ from peftfast.cli.errors import UserError
 from peftfast.cli.model import load_config
 from peftfast.cli.plan import GPUS, PlanSettings, plan
 from peftfast.cli.plan import _Run as Run
+from peftfast.integrations import offload
 from peftfast.nn import quantize_linears
 from peftfast.testing import bytes_saved_for_backward
 
@@ -70,11 +71,12 @@ def real_model(settings):
 
 
 class Counter(TorchDispatchMode):
-    """The bytes of all tensors that are allocated while it is on, at the moment when they are most."""
+    """The bytes of all tensors that are allocated while it is on, at the moment when they are most; without those that
+    come while `elsewhere` is true."""
 
     def __init__(self):
         super().__init__()
-        self.known, self.now, self.most = set(), 0, 0
+        self.known, self.now, self.most, self.elsewhere = set(), 0, 0, False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -84,10 +86,11 @@ class Counter(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.known:
                 storage = tensor.untyped_storage()
+                size = 0 if self.elsewhere else storage.nbytes()
                 self.known.add(storage._cdata)
-                self.now += storage.nbytes()
+                self.now += size
                 self.most = max(self.most, self.now)
-                weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+                weakref.finalize(storage, self.gone, storage._cdata, size)
         return out
 
     def gone(self, address, size):
@@ -120,6 +123,38 @@ def test_a_step_without_data_allocates_what_a_real_one_does(llama, method, check
     memory = plan(settings).memory
     step = memory.gradients + memory.activations + memory.logits + memory.workspace
     assert step == pytest.approx(real_step(settings), rel=0.01)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_offloaded_activations_are_counted_while_they_are_on_the_device(
+    llama, method, checkpointing, monkeypatch
+):
+    monkeypatch.setattr(offload, "SMALLEST", 2**14)
+    settings = PlanSettings(
+        llama, method, dtype="fp32", micro_batch_size=2, sequence_len=512, checkpointing=checkpointing
+    )
+    without = plan(settings).memory
+    memory = plan(replace(settings, activation_offloading=True)).memory
+    step = memory.gradients + memory.activations + memory.logits + memory.workspace
+    model, largest = real_model(settings), 0
+    tokens = torch.zeros(2, 512, dtype=torch.int64)
+
+    class Elsewhere(offload.offload_activations):
+        def _pack(self, tensor):
+            nonlocal largest
+            counter.elsewhere = True  # the copies
+            kept = super()._pack(tensor)
+            counter.elsewhere = False
+            largest = max(largest, 0 if kept is tensor else tensor.nbytes)
+            return kept
+
+    with on_the_fast_path(model), Counter() as counter:
+        with Elsewhere(model, device="cpu"):
+            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+    assert memory.activations < 0.8 * without.activations
+    assert counter.most <= step <= counter.most + offload.AHEAD * largest
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
@@ -168,9 +203,12 @@ def test_tied_embeddings_count_once(tmp_path):
     assert found.memory.embeddings == 2 * VOCABULARY * HIDDEN
 
 
+@pytest.mark.parametrize("offloading", [False, True])
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_one_layer_stands_for_all_that_are_alike(llama, monkeypatch, checkpointing):
-    settings = PlanSettings(llama, sequence_len=512, checkpointing=checkpointing)
+def test_one_layer_stands_for_all_that_are_alike(llama, monkeypatch, checkpointing, offloading):
+    settings = PlanSettings(
+        llama, sequence_len=512, checkpointing=checkpointing, activation_offloading=offloading
+    )
     short = plan(settings).memory
     monkeypatch.setattr(dry_run, "_leave_out_repeated_layers", lambda model: 1)
     assert plan(settings).memory == short

@@ -9,6 +9,7 @@ import random
 import resource
 import signal
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -17,13 +18,15 @@ from test_cli import model_folder, moe_folder, refusal, run, tokenizer, write_js
 from transformers import Trainer, TrainerControl, TrainerState
 
 import peftfast
-from peftfast.cli import main
+from peftfast.cli import main, trainer
+from peftfast.cli import train as train_module
 from peftfast.cli.checkpoints import Checkpoints
 from peftfast.cli.errors import UserError
 from peftfast.cli.progress import LINES, ProgressBar
 from peftfast.cli.settings import OPTIMIZERS, TrainSettings
 from peftfast.cli.train import LOG_FILE, PICTURE_FILE, RESULT_FILE, train
 from peftfast.cli.trainer import WEIGHTS_FILE, FineTuner, training_arguments
+from peftfast.integrations import offload
 
 WORDS = ["".join(chr(97 + (7 * i + 3 * j) % 26) for j in range(3)) for i in range(20)]
 
@@ -374,6 +377,30 @@ def test_checkpointed_layers_train_alike(settings, moe_folder, monkeypatch, meth
     assert seen == {True}
     torch.testing.assert_close(torch.tensor(checkpointed.losses), torch.tensor(plain.losses))
     assert checkpointed.expert_load == plain.expert_load
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_offloaded_activations_train_bit_for_bit_alike(settings, monkeypatch, checkpointing):
+    options = dict(max_steps=3, logging_steps=1, eval_share=0, gradient_checkpointing=checkpointing)
+    plain, offloaded = train(settings("plain", **options)), []
+    original = offload._Offloaded.__init__
+    # On a machine without a GPU, the CPU plays it.
+    monkeypatch.setattr(train_module, "check_offloading", lambda: None)
+    monkeypatch.setattr(trainer, "offload_activations", partial(offload.offload_activations, device="cpu"))
+    monkeypatch.setattr(offload, "SMALLEST", 2**10)
+    monkeypatch.setattr(
+        offload._Offloaded, "__init__", lambda self, *args: offloaded.append(original(self, *args))
+    )
+    result = train(settings("offloaded", activation_offloading=True, **options))
+    assert offloaded
+    assert result.losses == plain.losses
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+def test_offloading_takes_a_gpu(settings, capsys):
+    assert "--activation-offloading takes a GPU" in refusal(
+        capsys, *arguments(settings(activation_offloading=True))
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "adafactor", "sgd"])

@@ -27,6 +27,7 @@ import peftfast
 from peftfast.cli.experts import experts_of
 from peftfast.integrations import bases
 from peftfast.integrations.experts import quantized_parameters, quantized_weights
+from peftfast.integrations.offload import AHEAD, offload_activations
 from peftfast.nn.quantized import QuantizedLayer
 
 PARTS = ("gradients", "activations", "logits", "workspace")
@@ -48,12 +49,19 @@ class DryRun:
         self.known = list(_tensors(model))
 
     def step(
-        self, batch_size: int, sequence_len: int, *, checkpointing: bool, accumulation: bool = False
+        self,
+        batch_size: int,
+        sequence_len: int,
+        *,
+        checkpointing: bool,
+        offloading: bool = False,
+        accumulation: bool = False,
     ) -> dict[str, int]:
         """What a training step allocates beside weights and optimizer when that is most, in bytes.
 
         Args:
             checkpointing: each decoder layer keeps its input alone, and runs once more in backward.
+            offloading: what goes from forward to backward is in the host's memory, which is not counted.
             accumulation: gradients of earlier batches are there already, and are not counted.
         Returns:
             By PARTS: "gradients" of the adapters; "activations", kept from forward to backward; "logits", from the
@@ -74,16 +82,21 @@ class DryRun:
                 parameter.grad = torch.empty_like(parameter) if accumulation else None
             recorder = _Recorder([*self.known, *(it.grad for it in trained if accumulation)])
             handles = _mark_segments(self.model, recorder)
+            offload = _Offloading(self.model, recorder) if offloading else contextlib.nullcontext()
             with recorder, _looking_at_values(), peftfast.enabled():
                 tokens = torch.zeros(batch_size, sequence_len, dtype=torch.int64)
-                loss = self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+                with offload:
+                    loss = self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
                 loss.backward()
             recorder.label(parameter.grad for parameter in trained if not accumulation)
             for handle in handles:
                 handle.remove()
             for parameter in trained:
                 parameter.grad = None
-        return _peak(_repeated(recorder.segments, self.repeats))
+        peak = _peak(_repeated(recorder.segments, self.repeats))
+        if offloading:
+            peak["activations"] += AHEAD * offload.largest
+        return peak
 
 
 # ---- what is recorded --------------------------------------------------------------------------------------
@@ -116,6 +129,7 @@ class _Recorder(TorchDispatchMode):
         self.segments = [_Segment("forward")]
         self.storages = WeakIdKeyDictionary({tensor.untyped_storage(): None for tensor in known})
         self.answers = WeakIdKeyDictionary()
+        self.elsewhere = False  # what comes now is not in the memory that is counted
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten._local_scalar_dense.default:
@@ -135,6 +149,8 @@ class _Recorder(TorchDispatchMode):
     def saw(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             storage = tensor.untyped_storage()
+            if storage not in self.storages and self.elsewhere:
+                self.storages[storage] = None
             if storage not in self.storages:
                 entry = self.storages[storage] = _Storage(storage.nbytes(), len(self.segments) - 1)
                 self.segments[-1].events.append((entry, 1))
@@ -160,6 +176,23 @@ class _Recorder(TorchDispatchMode):
                 entry.part = "logits"
             elif phase == "forward" and entry.went != entry.came:
                 entry.part = "activations"
+
+
+class _Offloading(offload_activations):
+    """Offloads fakes. None waits for its copy, nor comes early, so that layers which are alike keep alike: of what is
+    under way there are at most AHEAD of the `largest`."""
+
+    def __init__(self, model: nn.Module, recorder: _Recorder) -> None:
+        super().__init__(model, device="cpu")
+        self.recorder, self.ahead, self.largest = recorder, 0, 0
+
+    def _pack(self, tensor: Tensor):
+        self.recorder.elsewhere = True
+        kept = super()._pack(tensor)
+        self.recorder.elsewhere = False
+        if kept is not tensor:
+            self.largest = max(self.largest, tensor.nbytes)
+        return kept
 
 
 def _mark_segments(model: nn.Module, recorder: _Recorder) -> list:

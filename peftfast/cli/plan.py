@@ -65,6 +65,13 @@ class PlanSettings:
     checkpointing: Annotated[
         bool, Option("--checkpointing/--no-checkpointing", help="Run each layer again in backward.")
     ] = True
+    activation_offloading: Annotated[
+        bool,
+        Option(
+            "--activation-offloading/--no-activation-offloading",
+            help="On a GPU: what goes from forward to backward waits in main memory, which is not counted.",
+        ),
+    ] = False
 
     def to_train(self) -> TrainSettings:
         """The same as settings of a training run, which checks them."""
@@ -296,6 +303,7 @@ class _Run:
             settings.micro_batch_size,
             sequence_len,
             checkpointing=settings.checkpointing,
+            offloading=settings.activation_offloading,
             accumulation=accumulation,
         )
         if accumulation:

@@ -203,6 +203,14 @@ class TrainSettings:
             help="Keep each layer's input alone and compute the rest again: less memory, more time.",
         ),
     ] = False
+    activation_offloading: Annotated[
+        bool,
+        Option(
+            "--activation-offloading/--no-activation-offloading",
+            help="On a GPU: keep in main memory what goes from forward to backward, with --gradient-checkpointing the "
+            "layers' inputs, without it all that is not computed again.",
+        ),
+    ] = False
     epochs: Annotated[float, Option(help="Passes over the training data.")] = 3.0
     max_steps: Annotated[int | None, Option(help="Optimizer steps; overrides --epochs.")] = None
     micro_batch_size: Annotated[int, Option(help="Sequences per forward pass.")] = 8

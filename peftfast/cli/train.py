@@ -154,6 +154,8 @@ def train(settings: TrainSettings, console: Console | None = None) -> TrainResul
     if processes.num_processes > 1 and (settings.save_steps or settings.resume):
         at_fault = "--save-steps" if settings.save_steps else "--resume"
         raise UserError(f"{at_fault} takes a run of one process, not of {processes.num_processes}.")
+    if settings.activation_offloading:
+        check_offloading()
     huggingface_hub.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -378,6 +380,8 @@ def _out_of_memory_said(settings: TrainSettings) -> Iterator[None]:
         ways = [f"--micro-batch-size {settings.micro_batch_size}"] if settings.micro_batch_size > 1 else []
         ways.append(f"--sequence-len {settings.sequence_len}")
         also = "" if settings.gradient_checkpointing else ", or pass --gradient-checkpointing"
+        if not also and not settings.activation_offloading and torch.accelerator.is_available():
+            also = ", or pass --activation-offloading"
         raise UserError(f"memory ran out: lower {' or '.join(ways)}{also}.") from error
 
 
@@ -461,6 +465,14 @@ def _evaluate(trainer, tokenizer, held_out: list[data.Example], console: Console
     exact = [line["answer"].strip() == line["completion"].strip() for line in answers]
     exact_match = sum(exact) / len(exact) if exact else None
     return Evaluation(loss, perplexity(loss), exact_match), answers
+
+
+def check_offloading() -> None:
+    """Raise UserError unless there is a device beside the CPU to offload from."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        raise UserError("--activation-offloading takes a GPU: without one, all is in main memory already.")
 
 
 def check_output(settings: TrainSettings) -> None:

@@ -27,6 +27,7 @@ from peftfast.cli.methods import Adapted, embeddings_of
 from peftfast.cli.packing import model_inputs
 from peftfast.cli.progress import peak_memory_mib
 from peftfast.cli.settings import TrainSettings
+from peftfast.integrations.offload import offload_activations
 
 WEIGHTS_FILE = "trained_weights.safetensors"
 
@@ -98,6 +99,9 @@ class FineTuner(Trainer):
                 "peftfast train shares batches among processes, not weights: launch it without FSDP and DeepSpeed."
             )
         self.settings, self.adapted, self.run, self.checkpoints = settings, adapted, run, checkpoints
+        self._offloading = (
+            offload_activations(adapted.model) if settings.activation_offloading else contextlib.nullcontext()
+        )
         self._started: float | None = None  # while training
 
     def fine_tune(self, checkpoint: Checkpoint | None) -> None:
@@ -157,7 +161,8 @@ class FineTuner(Trainer):
         return loss
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        return super().compute_loss(model, model_inputs(inputs), *args, **kwargs)
+        with self._offloading:
+            return super().compute_loss(model, model_inputs(inputs), *args, **kwargs)
 
     def create_optimizer(self, model=None):
         """Trainer's, with the embeddings' own learning rate where they have one."""
