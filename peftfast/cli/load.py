@@ -22,7 +22,7 @@ class Recorded:
     def profile(self):
         """Return all that was counted, as an ExpertProfile."""
         for name, tokens in self._drain().items():
-            self._counted.tokens[name] = self._counted.tokens.get(name, 0) + tokens
+            self._counted.tokens[name] = self._counted.tokens.get(name, 0) + tokens.cpu()
         return self._counted
 
     def state(self) -> dict:
