@@ -10,6 +10,18 @@ from datetime import timedelta
 from peftfast.cli.errors import UserError
 
 
+def check_launch() -> None:
+    """Raise UserError if accelerate was told to divide the weights among processes.
+
+    To evaluate, the first process alone has the model answer, and what is written is what one process holds.
+    """
+    for kind in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() in ("true", "1"):
+            raise UserError(
+                "peftfast train shares batches among processes, not weights: launch it without FSDP and DeepSpeed."
+            )
+
+
 def joined():
     """Return accelerate's PartialState, which this process shares with the others from here on."""
     import torch

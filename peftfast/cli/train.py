@@ -39,7 +39,7 @@ from peftfast.cli.errors import UserError
 from peftfast.cli.experts import experts_of
 from peftfast.cli.load import describe, expert_load, recorded
 from peftfast.cli.model import is_local_model, load_model, load_tokenizer, return_freed_memory
-from peftfast.cli.processes import joined, together
+from peftfast.cli.processes import check_launch, joined, together
 from peftfast.cli.records import check_raw_text, read_records
 from peftfast.cli.settings import BITSANDBYTES_OPTIMIZERS, DTYPES, TrainSettings, option
 
@@ -131,6 +131,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> TrainResul
     """
     console = console or Console(quiet=True)
     checkpoints = Checkpoints(settings.out)
+    check_launch()
     with together():
         checkpoint = checkpoints.to_resume(settings)
         check_output(settings)

@@ -99,10 +99,6 @@ class FineTuner(Trainer):
             **arguments,
         )
         self.remove_callback(PrinterCallback)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise UserError(
-                "peftfast train shares batches among processes, not weights: launch it without FSDP and DeepSpeed."
-            )
         self.settings, self.adapted, self.run, self.checkpoints = settings, adapted, run, checkpoints
         self._started: float | None = None  # while training
 
