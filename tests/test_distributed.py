@@ -556,8 +556,16 @@ def test_a_process_says_which_it_is(rank, world, who, monkeypatch, capsys):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world)
     with pytest.raises(SystemExit, match="2"):
-        main(["train", "--model", "none", "--data", "none.jsonl", "--out", "none"])
+        main(["train", "--model", "none", "--data", "none.jsonl", "--out", "none", "--epochs", "0"])
     assert capsys.readouterr().err.startswith(who)
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_weights_are_not_shared(kind, monkeypatch, capsys):
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "--model", "none", "--data", "none.jsonl", "--out", "none"])
+    assert "shares batches among processes, not weights: launch it without" in capsys.readouterr().err
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import time
 from functools import partial
 
@@ -210,6 +211,138 @@ def test_seconds_are_those_of_the_steps_that_count(settings, monkeypatch):
     assert resumed.tokens_per_second == resumed.tokens / resumed.seconds
 
 
+# ---- on two processes -----------------------------------------------------------------------------------------
+
+
+def take_part(rank, processes, port, said, full_disk, arguments):
+    """Be one of several processes, as torchrun starts them, on a CPU."""
+    os.environ |= dict(
+        RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(processes),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="",
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY), 2)
+    if full_disk:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    main(arguments)
+
+
+@pytest.fixture
+def start(forks, tmp_path_factory):
+    """Start the command on two processes, or so many; each has what it `said` in a file."""
+
+    def started(settings, count=2, full_disk=None):
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = found.getsockname()[1]
+        folder, processes = tmp_path_factory.mktemp("said"), []
+        for rank in range(count):
+            said = folder / str(rank)
+            told = (rank, count, port, said, rank == full_disk, [*arguments(settings)])
+            processes.append(forks.Process(target=take_part, args=told))
+            processes[-1].said = said
+            processes[-1].start()
+        return processes
+
+    return started
+
+
+def ended(processes):
+    """Return with what code each has ended and what it said."""
+    for process in processes:
+        process.join(timeout=60)
+        process.kill()  # one that waits for another that has ended
+    return [(process.exitcode, process.said.read_text()) for process in processes]
+
+
+def assert_trained(processes):
+    found = ended(processes)
+    assert {code for code, _ in found} == {0}, found
+
+
+def killed(processes, checkpoints):
+    """Kill them as soon as there is a checkpoint."""
+    while checkpoints.newest() is None:
+        assert all(process.is_alive() for process in processes), ended(processes)
+        time.sleep(0.001)
+    for process in processes:
+        process.kill()
+    assert {code for code, _ in ended(processes)} == {-signal.SIGKILL}
+
+
+def record(out):
+    return json.loads((out / RESULT_FILE).read_text())
+
+
+# A checkpoint within the second epoch, and between two entries of the log; the held-out examples are evaluated by the
+# first process alone before training, so that the two have random states of their own.
+TWO = dict(max_steps=20, save_steps=7, gradient_accumulation_steps=1, lora_dropout=0.1)
+
+
+def test_two_processes_resumed_are_as_if_never_interrupted(settings, start, moe_folder, tmp_path):  # noqa: F811
+    options = TWO | dict(model=str(moe_folder), experts="profile:0.5", eval_steps=6)
+    assert_trained(start(settings("whole", **options)))
+    checkpoints = Checkpoints(tmp_path / "out")
+    killed(start(settings(**options)), checkpoints)
+    assert sorted(path.name for path in checkpoints.newest().path.glob("rng*")) == [
+        "rng_state_0.pth",
+        "rng_state_1.pth",
+    ]
+    assert not (tmp_path / "out").exists()
+    assert_trained(start(settings(resume=True, **options)))
+
+    whole, resumed = record(tmp_path / "whole"), record(tmp_path / "out")
+    assert len(whole["losses"]) == 6
+    for name in ("losses", "tokens", "expert_load", "before", "after"):
+        assert resumed[name] == whole[name], name
+    assert untimed(resumed["log"]) == untimed(whole["log"])
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole", "words.jsonl"]
+
+
+def test_another_number_of_processes_goes_on(settings, start, tmp_path, capsys):
+    """Up to the order of sums, if the batch is the same; 20 examples by 4, so that there is no rest to share."""
+    two = TWO | dict(lora_dropout=0, eval_share=0)
+    one = two | dict(gradient_accumulation_steps=2)
+    again = one | dict(micro_batch_size=1)  # on two
+    assert_trained(start(settings("whole", **one), 1))
+
+    killed(start(settings("fewer", **two)), Checkpoints(tmp_path / "fewer"))
+    assert (
+        "--resume: a step takes 2 sequences, but 4 in the interrupted run: have --micro-batch-size × "
+        "--gradient-accumulation-steps × processes be 4 again."
+    ) in refusal(capsys, *arguments(settings("fewer", resume=True, **two)))
+    assert_trained(start(settings("fewer", resume=True, **one), 1))
+
+    killed(start(settings("more", **one), 1), Checkpoints(tmp_path / "more"))
+    for code, said in ended(start(settings("more", resume=True, **one))):
+        assert code == 2 and "a step takes 8 sequences, but 4 in the interrupted run" in said
+    assert_trained(start(settings("more", resume=True, **again)))
+
+    whole = record(tmp_path / "whole")
+    for resumed in (record(tmp_path / "fewer"), record(tmp_path / "more")):
+        assert dict(resumed["losses"]) == pytest.approx(dict(whole["losses"]), rel=1e-4)
+        assert resumed["tokens"] == whole["tokens"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_full_disk_of_one_process_ends_both(settings, start, tmp_path, rank):
+    sentence = (
+        f"the checkpoint of step 7 in {tmp_path / 'out.checkpoints'} cannot be written: File too large."
+    )
+    (first, said), (second, said_too) = ended(start(settings(**TWO), full_disk=rank))
+    assert (first, second) == (2, 2)
+    assert said.endswith(f"peftfast: {sentence}\n")
+    assert said_too.endswith(f"peftfast, process 1: {sentence}\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["words.jsonl"]
+
+
+def test_what_the_first_process_cannot_do_ends_both(settings, start, tmp_path):
+    with Checkpoints(tmp_path / "out").opened():
+        for code, said in ended(start(settings(**TWO))):
+            assert code == 2 and "out: another run is writing to it." in said
+
+
 # ---- refusals -----------------------------------------------------------------------------------------------
 
 
@@ -235,6 +368,11 @@ def test_what_cannot_be_resumed_is_refused(settings, words, tmp_path, monkeypatc
         capsys, *arguments(settings(resume=True))
     )
     words.write_text(text)
+    with monkeypatch.context() as patch:
+        patch.setattr("accelerate.utils.gather_object", lambda steps: [*steps, 2])
+        assert "--resume: not every process sees the same checkpoints in" in refusal(
+            capsys, *arguments(settings(resume=True))
+        )
     assert held == {path: path.read_bytes() for path in checkpoints.folder.rglob("*") if path.is_file()}
 
     other = json.loads((checkpoints.newest().path / "run.json").read_text())

@@ -3,6 +3,7 @@
 OUT.checkpoints/checkpoint-40/run.json       what the run was told, where it was, and its files with their sizes
                               trained_weights.safetensors
                               optimizer.pt, scheduler.pt, rng_state.pth, trainer_state.json       of Trainer
+                              rng_state_0.pth, rng_state_1.pth, ...       instead, of several processes
                               adapter_model.safetensors, ...      of PEFT, unless every weight is trained
 OUT.checkpoints/checkpoint-60/...
 """
@@ -30,8 +31,12 @@ LOCK_FILE = ".lock"
 PROFILE_FILE = "expert_profile.json"
 HELD_OUT_BY = ("eval_file", "eval_split", "eval_share")  # the first that is told
 KEPT = 2
-# Options in which a run and its continuation may differ; of the data it is the examples that must be the same.
-FREE = ("data", "eval_file", "out", "json", "overwrite", "save_steps", "resume")
+# Options in which a run and its continuation may differ; of the data it is the examples that must be the same, of a
+# batch their number in all processes.
+FREE = (
+    *("data", "eval_file", "out", "json", "overwrite", "save_steps", "resume"),
+    *("micro_batch_size", "gradient_accumulation_steps", "activation_offloading"),
+)
 
 
 @dataclass(frozen=True)
@@ -193,6 +198,23 @@ def check_fingerprint(checkpoint: Checkpoint, now: dict[str, str]) -> None:
     }.items():
         if before.get(name) != now.get(name):
             raise UserError(f"--resume: {option(name)}: {what}.")
+
+
+def check_batch(checkpoint: Checkpoint, settings: TrainSettings, processes: int) -> None:
+    """Raise UserError if a step takes more or fewer sequences than in the interrupted run.
+
+    Its steps would be others then, and so would be what of the data they have seen.
+    """
+    before = checkpoint.run["settings"]
+    now = settings.micro_batch_size * settings.gradient_accumulation_steps * processes
+    then = (
+        before["micro_batch_size"] * before["gradient_accumulation_steps"] * len(checkpoint.run["processes"])
+    )
+    if now != then:
+        raise UserError(
+            f"--resume: a step takes {now} sequences, but {then} in the interrupted run: have --micro-batch-size × "
+            f"--gradient-accumulation-steps × processes be {then} again."
+        )
 
 
 def _sync(path: Path) -> None:

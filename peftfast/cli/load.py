@@ -22,7 +22,7 @@ class Recorded:
     def profile(self):
         """Return all that was counted, as an ExpertProfile."""
         for name, tokens in self._drain().items():
-            self._counted.tokens[name] = self._counted.tokens.get(name, 0) + tokens
+            self._counted.tokens[name] = self._counted.tokens.get(name, 0) + tokens.cpu()
         return self._counted
 
     def state(self) -> dict:
@@ -33,15 +33,18 @@ class Recorded:
             for kind in ("tokens", "gate_mass")
         }
 
-    def restore(self, state: dict) -> None:
-        """Go on counting from a state."""
+    def restore(self, *states: dict) -> None:
+        """Go on counting from the sum of states."""
         import torch
 
         self._drain()
         for kind, dtype in (("tokens", torch.int64), ("gate_mass", torch.float64)):
             held = getattr(self._counted, kind)
-            held.clear()
-            held |= {name: torch.tensor(counts, dtype=dtype) for name, counts in state[kind].items()}
+            for counts in held.values():
+                counts.zero_()
+            for state in states:
+                for name, counts in state[kind].items():
+                    held[name] = held.get(name, 0) + torch.tensor(counts, dtype=dtype)
 
 
 @contextlib.contextmanager

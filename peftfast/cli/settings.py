@@ -257,7 +257,9 @@ class TrainSettings:
     resume: Annotated[
         bool,
         Option(
-            "--resume", help="Go on with an interrupted run of the same --out, from its newest checkpoint."
+            "--resume",
+            help="Go on with an interrupted run of the same --out, from its newest checkpoint; on more or fewer "
+            "processes too, if --micro-batch-size times --gradient-accumulation-steps times processes stays the same.",
         ),
     ] = False
     seed: Annotated[int, Option(help="Seed of everything random.")] = 0

@@ -13,7 +13,6 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +28,7 @@ from peftfast.cli.checkpoints import (
     PROFILE_FILE,
     Checkpoint,
     Checkpoints,
+    check_batch,
     check_fingerprint,
     fingerprint,
     jsonable,
@@ -39,6 +39,7 @@ from peftfast.cli.errors import UserError
 from peftfast.cli.experts import experts_of
 from peftfast.cli.load import describe, expert_load, recorded
 from peftfast.cli.model import is_local_model, load_model, load_tokenizer, return_freed_memory
+from peftfast.cli.processes import check_launch, joined, together
 from peftfast.cli.records import check_raw_text, read_records
 from peftfast.cli.settings import BITSANDBYTES_OPTIMIZERS, DTYPES, TrainSettings, option
 
@@ -121,7 +122,8 @@ def train(settings: TrainSettings, console: Console | None = None) -> TrainResul
 
     Nothing is written until everything is there: the folder appears complete or not at all. Checkpoints are beside it.
     Of several processes (torchrun, accelerate launch) each trains on its share of a batch, and the first alone writes
-    and prints; the others return None.
+    and prints; the others return None. More or fewer of them may resume a run, if a step takes as many sequences as
+    before: they go on with the batches that come next, and dropout draws other numbers.
 
     Raises:
         UserError: the model or the data cannot be used, the output would overwrite something, there is nothing to
@@ -129,33 +131,34 @@ def train(settings: TrainSettings, console: Console | None = None) -> TrainResul
     """
     console = console or Console(quiet=True)
     checkpoints = Checkpoints(settings.out)
-    checkpoint = checkpoints.to_resume(settings)
-    check_output(settings)
-    records = read_records(settings.data, split=settings.data_split, kind=settings.data_type)
-    held_out_records = None
-    if settings.eval_file or settings.eval_split:
-        held_out_data = settings.eval_file or settings.data
-        held_out_records = read_records(held_out_data, split=settings.eval_split, kind=settings.data_type)
-    if settings.objective == "pretrain":
-        check_raw_text(settings.data, records)
-        if held_out_records:
-            check_raw_text(held_out_data, held_out_records)
-    local = is_local_model(settings.model)
+    check_launch()
+    with together():
+        checkpoint = checkpoints.to_resume(settings)
+        check_output(settings)
+        records = read_records(settings.data, split=settings.data_split, kind=settings.data_type)
+        held_out_records = None
+        if settings.eval_file or settings.eval_split:
+            held_out_data = settings.eval_file or settings.data
+            held_out_records = read_records(held_out_data, split=settings.eval_split, kind=settings.data_type)
+        if settings.objective == "pretrain":
+            check_raw_text(settings.data, records)
+            if held_out_records:
+                check_raw_text(held_out_data, held_out_records)
+        local = is_local_model(settings.model)
 
     import huggingface_hub
-    import torch
     import transformers
-    from accelerate import PartialState
+    from accelerate.utils import gather_object
 
-    # While the first process evaluates, the others wait.
-    processes = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=12))
+    processes = joined()
     if not processes.is_main_process:
         console = Console(quiet=True)
-    if processes.num_processes > 1 and (settings.save_steps or settings.resume):
-        at_fault = "--save-steps" if settings.save_steps else "--resume"
-        raise UserError(f"{at_fault} takes a run of one process, not of {processes.num_processes}.")
     if settings.activation_offloading:
         check_offloading()
+    if len(set(gather_object([checkpoint and checkpoint.step]))) > 1:
+        raise UserError(f"--resume: not every process sees the same checkpoints in {checkpoints.folder}.")
+    if checkpoint:
+        check_batch(checkpoint, settings, processes.num_processes)
     huggingface_hub.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -164,7 +167,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> TrainResul
         from peftfast.cli.trainer import check_bitsandbytes
 
         check_bitsandbytes(settings.optimizer)
-    with console.status("Loading the model"):
+    with together(), console.status("Loading the model"):
         tokenizer = load_tokenizer(settings.model, local)
         if settings.chat_template:
             data.use_chat_template(tokenizer, settings.chat_template)
@@ -240,12 +243,15 @@ def _fine_tune(
             )
         model = adapted.model
         is_first = PartialState().is_main_process
-        if is_first and (settings.save_steps or checkpoint or checkpoints.newest()):
-            stack.enter_context(checkpoints.opened())
-            if not checkpoint:
-                checkpoints.forget()
-        output = _folder_written_at_once(settings, checkpoints) if is_first else tempfile.TemporaryDirectory()
-        folder = Path(stack.enter_context(output))
+        with together():
+            if is_first and (settings.save_steps or checkpoint or checkpoints.newest()):
+                stack.enter_context(checkpoints.opened())
+                if not checkpoint:
+                    checkpoints.forget()
+            output = (
+                _folder_written_at_once(settings, checkpoints) if is_first else tempfile.TemporaryDirectory()
+            )
+            folder = Path(stack.enter_context(output))
         run = Run(told={"settings": jsonable(settings)})
         memory, bar = OptimizerMemory(), ProgressBar(console)
         stack.callback(bar.stop)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
@@ -25,6 +26,7 @@ from peftfast.cli.experts import balanced
 from peftfast.cli.load import Recorded
 from peftfast.cli.methods import Adapted, embeddings_of
 from peftfast.cli.packing import model_inputs
+from peftfast.cli.processes import together
 from peftfast.cli.progress import peak_memory_mib
 from peftfast.cli.settings import TrainSettings
 from peftfast.integrations.offload import offload_activations
@@ -49,21 +51,25 @@ class Run:
     peak_memory_mib: float = 0.0
 
     def state(self) -> dict:
-        """Return it for run.json."""
+        """Return it for run.json, with what each of the processes counts of its share of the batches."""
+        share = {"loss": float(self.loss), "expert_load": self.load and self.load.state()}
         return self.told | {
-            "loss": float(self.loss),
             "logged": self.logged,
             "seconds": self.seconds,
             "peak_memory_mib": self.peak_memory_mib,
-            "expert_load": self.load and self.load.state(),
+            "processes": gather_object([share]),
         }
 
     def restore(self, state: dict) -> None:
-        """Go on from a checkpoint's run.json."""
-        for name in ("loss", "logged", "seconds", "peak_memory_mib"):
+        """Go on from a checkpoint's run.json: a process from its share, or from what falls to it of more or fewer."""
+        for name in ("logged", "seconds", "peak_memory_mib"):
             setattr(self, name, state[name])
+        shares, processes = state["processes"], PartialState()
+        mine = shares[processes.process_index :: processes.num_processes]
+        # The log has the mean over processes.
+        self.loss = sum(share["loss"] for share in mine) * processes.num_processes / len(shares)
         if self.load:
-            self.load.restore(state["expert_load"])
+            self.load.restore(*(share["expert_load"] for share in mine))
 
 
 class FineTuner(Trainer):
@@ -94,10 +100,6 @@ class FineTuner(Trainer):
             **arguments,
         )
         self.remove_callback(PrinterCallback)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise UserError(
-                "peftfast train shares batches among processes, not weights: launch it without FSDP and DeepSpeed."
-            )
         self.settings, self.adapted, self.run, self.checkpoints = settings, adapted, run, checkpoints
         self._offloading = (
             offload_activations(adapted.model) if settings.activation_offloading else contextlib.nullcontext()
@@ -234,25 +236,33 @@ class FineTuner(Trainer):
         step = self.state.global_step
         if step >= self.state.max_steps:  # the result is next
             return
-        if not math.isfinite(float(self.run.loss)):
-            raise self._diverged("the loss is not finite")
         newest = self.checkpoints.newest()
         then = f" With --resume the run goes on from step {newest.step}." if newest else ""
         folder = Path(self.args.output_dir)
-        with (
-            self._aside(),
-            written(f"the checkpoint of step {step} in {self.checkpoints.folder}", folder, then),
-        ):
-            partial = folder / f"checkpoint-{step}"
+        partial = folder / f"checkpoint-{step}"
+        what = f"the checkpoint of step {step} in {self.checkpoints.folder}"
+        with self._aside():
+            run = self.run.state()
+            if not all(math.isfinite(share["loss"]) for share in run["processes"]):
+                raise self._diverged("the loss is not finite")
             try:
-                super()._save_checkpoint(model, trial)
-                if self.adapted.profile is not None:
-                    self.adapted.profile.save(partial / PROFILE_FILE)
-                self.checkpoints.keep(partial, step, self.run.state())
+                with together(), written(what, folder, then):
+                    super()._save_checkpoint(model, trial)  # of all but the first, random states alone
+                files = [(path.name, path.read_bytes()) for path in partial.glob("rng_state*")]
+                random_states = gather_object(files)
+                with together(), written(what, folder, then):
+                    if self.is_world_process_zero():
+                        for name, state in random_states:
+                            (partial / name).write_bytes(state)
+                        if self.adapted.profile is not None:
+                            self.adapted.profile.save(partial / PROFILE_FILE)
+                        self.checkpoints.keep(partial, step, run)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
 
     def _save(self, output_dir=None, state_dict=None) -> None:
+        if not self.args.should_save:
+            return
         # What save_pretrained writes is for use: of a prompt's encoder it keeps the result alone.
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -261,6 +271,7 @@ class FineTuner(Trainer):
         if self.settings.method != "full":
             self.model.save_pretrained(folder)
 
+    @together()
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         path, trained = Path(resume_from_checkpoint, WEIGHTS_FILE), self._trained()
         try:
