@@ -2,6 +2,7 @@
 
 import weakref
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -298,3 +299,16 @@ def test_on_a_gpu_a_step_is_the_same_in_less_memory(checkpointing, monkeypatch):
         results.append([loss.detach()] + [w.grad.clone() for w in model.parameters() if w.grad is not None])
     assert_same_bits(results[1], results[0])
     assert peaks[1] < (0.9 if checkpointing else 0.5) * peaks[0]
+
+
+@pytest.mark.parametrize("most", [100, 256, 5000, 131072])
+@pytest.mark.parametrize("room", [0, 1, 99, 300, 4321, 10**6])
+def test_the_benchmark_finds_the_longest_sequence(room, most, monkeypatch):
+    pytest.importorskip("psutil")
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    from bench_7b import PROBED, longest
+
+    tried = []
+    found = longest(lambda tokens: tried.append(tokens) or tokens <= room, most)
+    assert found <= min(room, most) <= found + max(PROBED, found // 32)
+    assert max(tried) <= most and len(tried) == len(set(tried)) < 30
