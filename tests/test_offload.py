@@ -139,7 +139,7 @@ def test_no_more_than_a_few_are_on_the_device_at_a_time(offloaded):
     model = llama(checkpointing="not-reentrant")
     seen = []
     for layer in model.get_base_model().model.layers:
-        layer.register_forward_hook(lambda *_: seen.append(on_the_device(offloaded)))
+        layer.input_layernorm.register_forward_pre_hook(lambda *_: seen.append(on_the_device(offloaded)))
     tokens = torch.zeros(2, 12, dtype=torch.int64)
     with offload_activations(model, device="cpu"):
         loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
