@@ -67,11 +67,12 @@ struct Form {
   int64_t row_bytes;       // 0: as it is
 };
 
-Form form_of(const LinearArgs& args, DType compute) {
+Form form_of(LinearArgs& args, DType compute) {
   Form form{.dtype = args.fourbit ? product_dtype(args, compute) : args.out};
+  args.tiles = form.dtype == DType::bf16 ? table().matrix_tiles(args) : MatrixTiles::none;
   const int64_t arranged = 4 * table().arranged_size(args.Q);
   form.for_few = args.fourbit && args.along_rows && arranged > 0;
-  form.in_tiles = form.dtype == DType::bf16 && table().wants_matrix_tiles(args);
+  form.in_tiles = args.tiles != MatrixTiles::none;
   if (form.for_few)
     form.row_bytes = arranged;
   else if (form.in_tiles || form.dtype != args.out)
@@ -91,7 +92,7 @@ void bring_to_form(const Form& form, const LinearArgs& args, const void* source,
       source = rounded;
     }
     const int64_t inside = m % rows_in_tiles;
-    table().arrange_in_tiles(source, args.Q, rows + (m - inside) * form.row_bytes + inside * 64);
+    table().arrange_in_tiles(source, args.Q, args.tiles, inside, rows + (m - inside) * form.row_bytes);
   } else if (form.for_few) {
     float* widened = scratch.floats(args.Q);
     convert(source, args.Q, form.dtype, widened);
@@ -110,12 +111,13 @@ void linear(std::vector<LinearArgs> list, DType compute, const Threads& threads)
     return round_up(round_up(list[i].M, forms[i].in_tiles ? rows_in_tiles : 1) * forms[i].row_bytes, 64);
   };
   for (size_t i = 0; i < list.size(); ++i) {
-    const DType wanted = list[i].fourbit ? compute : list[i].out;
+    const bool fourbit = list[i].fourbit != nullptr;
+    const int64_t few = fourbit ? table().few_rows_fourbit[static_cast<int>(compute)]
+                                : table().few_rows[static_cast<int>(list[i].out)];
     // A sum over few blocks of a 4-bit weight would show that their scales multiply sums: it is packed at no great
     // cost.
-    const bool short_sums = list[i].fourbit && list[i].Q <= 128;
-    list[i].along_rows =
-        list[i].reduction_contiguous && !short_sums && list[i].M <= table().few_rows[static_cast<int>(wanted)];
+    const bool short_sums = fourbit && list[i].Q <= 128;
+    list[i].along_rows = list[i].reduction_contiguous && !short_sums && list[i].M <= few;
     list[i].bf16_codes = compute == DType::bf16;
     forms.push_back(form_of(list[i], compute));
     conversions.push_back({forms[i].row_bytes > 0 ? list[i].M : 0, list[i].Q});

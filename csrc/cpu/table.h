@@ -15,6 +15,10 @@ constexpr int64_t panel_columns = 64;
 // Rows of X that matrix tiles take at a time.
 constexpr int64_t rows_in_tiles = 32;
 
+// Whether a product runs in matrix tiles, and what W is there: packed, as the right operand of X, or the left operand
+// of X transposed, in place, which saves packing it for few rows.
+enum class MatrixTiles { none, packed, in_place };
+
 // A run of ranks that share a dropout mask: one adapter, or all of them when none drops.
 struct Segment {
   int64_t begin, end;  // ranks
@@ -83,6 +87,7 @@ struct LinearArgs {
   DType out;          // of Y; X may be in another one
   int64_t first_row;  // of X, in the matrix that the dropout generator counts
   bool along_rows;    // few rows, reduction contiguous: W is read as it is
+  MatrixTiles tiles;  // of W
   bool bf16_codes;    // and the values that 4-bit codes stand for may be rounded to bf16
   Addend addends[2];  // not beside a 4-bit W
 };
@@ -128,7 +133,7 @@ struct Table {
   bool bf16_dot;  // multiplies pairs of bf16 in one instruction
   void (*transpose[dtype_count])(const TransposeArgs& args, int64_t begin, int64_t end);
   void (*down[dtype_count])(const DownArgs& args, int64_t row_begin, int64_t row_end);
-  int64_t few_rows[dtype_count];        // with at most so many, packing a weight costs more than it saves
+  int64_t few_rows[dtype_count], few_rows_fourbit[dtype_count];  // with at most so many, packing costs too much
   int64_t linear_columns[dtype_count];  // the most that `linear` gains by
   void (*linear[dtype_count])(const LinearArgs& args, int64_t column, int64_t columns, int64_t row_begin,
                               int64_t row_end);
@@ -148,10 +153,10 @@ struct Table {
   // [arranged_size(Q)].
   int64_t (*arranged_size)(int64_t Q);  // 0: they are taken as they are
   void (*arrange)(const float* x, int64_t Q, bool bf16_codes, float* out);
-  // Whether a product in bf16 runs in matrix tiles, and the arranging of one row of its X: from out on, which is 32
-  // elements after that of the row before, among rows_in_tiles rows of Q elements, rounded up to a multiple of 32.
-  bool (*wants_matrix_tiles)(const LinearArgs& args);
-  void (*arrange_in_tiles)(const void* x, int64_t Q, void* out);  // bf16
+  // How a product in bf16 runs, and the arranging of one row of its X, the `row`th of the rows_in_tiles that start at
+  // out, of Q elements each, rounded up to a multiple of 32.
+  MatrixTiles (*matrix_tiles)(const LinearArgs& args);
+  void (*arrange_in_tiles)(const void* x, int64_t Q, MatrixTiles tiles, int64_t row, void* out);  // bf16
   void (*fourbit_quantize[dtype_count])(const FourBitQuantizeArgs& args, int64_t block_begin, int64_t block_end);
   void (*fourbit_dequantize[dtype_count])(const FourBitDequantizeArgs& args, int64_t begin, int64_t end);
   double (*flops_of_loop[dtype_count])(int64_t iterations);  // runs the loop and returns the FLOP it did

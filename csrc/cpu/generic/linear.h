@@ -36,13 +36,20 @@ bool down_columns(const LinearArgs& args) {
   return args.M <= most && !args.reduction_contiguous && !args.fourbit && args.P % panel_columns == 0;
 }
 
+// Up to so many rows, X transposed and a strip of W share L2, and loading W costs less than packing it.
+constexpr int64_t most_rows_in_place = 112;
+
 template <class S>
-bool wants_matrix_tiles(const LinearArgs& args) {
-  return S::has_matrix_tiles && !args.along_rows && !down_columns<S, bf16>(args);
+MatrixTiles matrix_tiles(const LinearArgs& args) {
+  if (!S::has_matrix_tiles || args.along_rows || down_columns<S, bf16>(args)) return MatrixTiles::none;
+  const bool in_place = args.reduction_contiguous && !args.fourbit && args.M <= most_rows_in_place;
+  return in_place ? MatrixTiles::in_place : MatrixTiles::packed;
 }
 
 template <class S, class T>
-constexpr int64_t few_rows = in_matrix_tiles<S, T> ? 4 : 12;
+constexpr int64_t few_rows = in_matrix_tiles<S, T> ? 0 : 12;
+template <class S, class T>
+constexpr int64_t few_rows_fourbit = in_matrix_tiles<S, T> ? 4 : 12;
 
 template <class S, class T>
 constexpr int64_t linear_columns = in_matrix_tiles<S, T> ? 4 * panel_columns : panel_columns;
@@ -65,13 +72,14 @@ class LinearStrip {
     const int64_t blocks = std::max<int64_t>(1, (args_.Q + block_size - 1) / block_size);
     const int64_t block = std::max<int64_t>(64, ((args_.Q + blocks - 1) / blocks + 63) / 64 * 64);
     const bool few = args_.along_rows, straight = down_columns<S, T>(args_);
+    const bool in_place = in_matrix_tiles<S, T> && args_.tiles == MatrixTiles::in_place;
     const bool parked = blocks > 1 || few || straight || in_matrix_tiles<S, T>;
     const int64_t rows = row_end - row_begin;
 
     const int64_t low_rank_floats = width_ * args_.R;
-    const int64_t panel_floats = few        ? 0
-                                 : straight ? rows * args_.Q
-                                            : width_ * (block / Mode::unit + 1) * Mode::panel_rows;
+    const int64_t panel_floats = few || in_place ? 0
+                                 : straight      ? rows * args_.Q
+                                                 : width_ * (block / Mode::unit + 1) * Mode::panel_rows;
     const int64_t words_floats = S::tile_rows * (width_ + random_slack<S>);
     const int64_t parked_floats = parked ? (rows + 15) / 16 * 16 * ld_parked() : 0;
     thread_local Scratch scratch;
@@ -83,13 +91,15 @@ class LinearStrip {
     if (args_.R > 0)
       pack_straight<Widened<S, float, float>>(args_.L + column_, args_.P, columns_, args_.R, low_rank_, args_.R * NR);
 
-    if (few || straight) {
+    if (few || straight || in_place) {
       for_tiles(row_begin, row_end,
                 [&](auto n, int64_t m, int64_t p) { tile<n.value>(m, p, nullptr, 0, 0, true, false); });
       if (few)
         dot_products(row_begin, row_end);
-      else
+      else if (straight)
         straight_products(row_begin, row_end, workspace);
+      else if constexpr (in_matrix_tiles<S, T>)
+        products_in_place(row_begin, row_end);
       for (int64_t m = row_begin; m < row_end; ++m) store_row(m);
       return;
     }
@@ -205,6 +215,67 @@ class LinearStrip {
     if constexpr (row_tiles == 2) {
       tiles.template store<2>(lower, row_bytes);
       tiles.template store<3>(lower + S::matrix_columns, row_bytes);
+    }
+  }
+
+  // Y^T = W X^T + ..., with W as the left operand where it lies: its tiles are rows of 64 bytes already.
+  void products_in_place(int64_t row_begin, int64_t row_end) {
+    constexpr int64_t tile = S::matrix_rows, depth = S::matrix_depth;
+    const int64_t steps = (args_.Q + depth - 1) / depth;
+    typename S::Tiles tiles;
+    for (int64_t p = 0; p < columns_; p += 2 * tile)
+      for (int64_t m = row_begin; m < row_end; m += rows_in_tiles) {
+        alignas(64) float sums[4][tile * tile];  // [W's upper or lower rows, X's]
+        const T* x = X() + m * steps * depth;
+        if (m + tile < row_end)
+          multiply_in_place<2>(tiles, p, x, steps, sums);
+        else
+          multiply_in_place<1>(tiles, p, x, steps, sums);
+        for (int64_t i = 0; i < 4; ++i) add_transposed(sums[i], m + i % 2 * tile, row_end, p + i / 2 * tile);
+      }
+  }
+
+  template <int row_tiles, class Tiles>
+  void multiply_in_place(Tiles& tiles, int64_t p, const T* x, int64_t steps, float (*sums)[16 * 16]) {
+    constexpr int64_t tile = S::matrix_rows, depth = S::matrix_depth, x_tile = depth * tile;
+    const T* w = W() + (column_ + p) * args_.ldw;
+    const int64_t whole = columns_ - p >= 2 * tile ? args_.Q / depth : 0, row_bytes = args_.ldw * sizeof(T);
+    tiles.template clear<0>(), tiles.template clear<1>(), tiles.template clear<2>(), tiles.template clear<3>();
+    for (int64_t s = 0; s < steps; ++s, w += depth, x += 2 * x_tile) {
+      alignas(64) T rest[2 * tile * depth];  // at the edges of W
+      const T* from = w;
+      int64_t from_bytes = row_bytes;
+      if (s >= whole) {
+        std::memset(rest, 0, sizeof(rest));
+        for (int64_t i = 0; i < std::min(2 * tile, columns_ - p); ++i)
+          std::memcpy(rest + i * depth, w + i * args_.ldw, std::min(depth, args_.Q - s * depth) * sizeof(T));
+        from = rest, from_bytes = depth * sizeof(T);
+      }
+      tiles.template load<4>(from, from_bytes);
+      tiles.template load<6>(x, 4 * tile);
+      tiles.template dot<0, 4, 6>();
+      if constexpr (row_tiles == 2) {
+        tiles.template load<7>(x + x_tile, 4 * tile);
+        tiles.template dot<1, 4, 7>();
+      }
+      tiles.template load<5>(from + tile * from_bytes / sizeof(T), from_bytes);
+      tiles.template dot<2, 5, 6>();
+      if constexpr (row_tiles == 2) tiles.template dot<3, 5, 7>();
+    }
+    tiles.template store<0>(sums[0], 4 * tile);
+    tiles.template store<1>(sums[1], 4 * tile);
+    tiles.template store<2>(sums[2], 4 * tile);
+    tiles.template store<3>(sums[3], 4 * tile);
+  }
+
+  // Adds sums [columns, rows], a tile, to what is parked of rows from m on and columns from p on.
+  void add_transposed(const float* sums, int64_t m, int64_t row_end, int64_t p) {
+    typename S::F block[S::width];
+    for (int i = 0; i < S::width; ++i) block[i] = S::load(sums + i * S::width);
+    S::transpose(block);
+    for (int64_t i = 0; i < std::min<int64_t>(S::width, row_end - m); ++i) {
+      float* parked = parked_ + (m + i - row_begin_) * ld_parked() + p;
+      S::store(parked, S::add(S::load(parked), block[i]));
     }
   }
 
@@ -368,18 +439,24 @@ class LinearStrip {
   float before_[S::tile_rows * NR];  // accumulators set aside while another adapter's term is made
 };
 
-// One row of X [Q] to its places among rows_in_tiles rows: for each step of the reduction, a tile above another.
+// One row of X [Q] to its places among rows_in_tiles rows: for each step of the reduction, two tiles. Of X they have
+// the row's elements beside each other; of X transposed, where it meets W in place, pairs of them above each other.
 template <class S>
-void arrange_in_tiles(const void* row, int64_t Q, void* place) {
+void arrange_in_tiles(const void* x, int64_t Q, MatrixTiles tiles, int64_t row, void* out) {
   if constexpr (S::has_matrix_tiles) {
-    const bf16* x = static_cast<const bf16*>(row);
-    bf16* out = static_cast<bf16*>(place);
-    constexpr int64_t depth = S::matrix_depth;
-    int64_t q = 0;
-    for (; q + depth <= Q; q += depth) S::store_pairs(out + q * rows_in_tiles, S::load_pairs(x + q));
-    if (q == Q) return;
-    std::memset(out + q * rows_in_tiles, 0, depth * sizeof(bf16));
-    std::memcpy(out + q * rows_in_tiles, x + q, (Q - q) * sizeof(bf16));
+    constexpr int64_t depth = S::matrix_depth, tile = S::matrix_rows * depth;
+    const bool transposed = tiles == MatrixTiles::in_place;
+    bf16* to =
+        static_cast<bf16*>(out) + (transposed ? row / S::matrix_rows * tile + row % S::matrix_rows * 2 : row * depth);
+    for (int64_t q = 0; q < Q; q += depth, to += 2 * tile) {
+      bf16 pairs[depth] = {};
+      const bf16* from = static_cast<const bf16*>(x) + q;
+      if (q + depth > Q) from = static_cast<bf16*>(std::memcpy(pairs, from, (Q - q) * sizeof(bf16)));
+      if (transposed)
+        for (int64_t k = 0; k < depth; k += 2) std::memcpy(to + k * S::matrix_rows, from + k, 2 * sizeof(bf16));
+      else
+        S::store_pairs(to, S::load_pairs(from));
+    }
   }
 }
 
