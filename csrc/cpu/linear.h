@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "../kernels.h"
@@ -52,12 +53,11 @@ void down(const std::vector<Down>& list, DType dtype, const Threads& threads) {
   });
 }
 
-// The dtype that X and a 4-bit weight are multiplied in. fp32 is never less accurate, and costs nothing more where
-// there is no instruction for 16 bits; few rows are bound by the reading of the weight.
-DType product_dtype(const LinearArgs& args, DType wanted) {
-  if (args.along_rows) return DType::f32;
-  if (wanted == args.out) return wanted;
-  return args.out == DType::f32 && wanted == DType::bf16 && table().bf16_dot ? DType::bf16 : DType::f32;
+// The dtype that X and a packed 4-bit weight are multiplied in. fp32 is never less accurate, and costs nothing more
+// where there is no instruction for 16 bits.
+DType product_dtype(DType out, DType wanted) {
+  if (wanted == out) return wanted;
+  return out == DType::f32 && wanted == DType::bf16 && table().bf16_dot ? DType::bf16 : DType::f32;
 }
 
 // The form that a product wants its X in.
@@ -67,11 +67,22 @@ struct Form {
   int64_t row_bytes;       // 0: as it is
 };
 
+// Decides how the product of `args` runs.
 Form form_of(LinearArgs& args, DType compute) {
-  Form form{.dtype = args.fourbit ? product_dtype(args, compute) : args.out};
+  const bool fourbit = args.fourbit != nullptr;
+  args.bf16_codes = compute == DType::bf16;
+  Form form{.dtype = fourbit ? product_dtype(args.out, compute) : args.out};
   args.tiles = form.dtype == DType::bf16 ? table().matrix_tiles(args) : MatrixTiles::none;
+  // A sum over few blocks of a 4-bit weight would show that their scales multiply sums: it is packed at no great cost.
+  const bool short_sums = fourbit && args.Q <= longest_short_sum;
+  args.along_rows = args.reduction_contiguous && args.tiles != MatrixTiles::in_place && !short_sums &&
+                    args.M <= table().few_rows[static_cast<int>(fourbit ? compute : args.out)];
+  if (args.along_rows) {  // bound by the reading of the weight
+    args.tiles = MatrixTiles::none;
+    if (fourbit) form.dtype = DType::f32;
+  }
   const int64_t arranged = 4 * table().arranged_size(args.Q);
-  form.for_few = args.fourbit && args.along_rows && arranged > 0;
+  form.for_few = fourbit && args.along_rows && arranged > 0;
   form.in_tiles = args.tiles != MatrixTiles::none;
   if (form.for_few)
     form.row_bytes = arranged;
@@ -111,14 +122,6 @@ void linear(std::vector<LinearArgs> list, DType compute, const Threads& threads)
     return round_up(round_up(list[i].M, forms[i].in_tiles ? rows_in_tiles : 1) * forms[i].row_bytes, 64);
   };
   for (size_t i = 0; i < list.size(); ++i) {
-    const bool fourbit = list[i].fourbit != nullptr;
-    const int64_t few = fourbit ? table().few_rows_fourbit[static_cast<int>(compute)]
-                                : table().few_rows[static_cast<int>(list[i].out)];
-    // A sum over few blocks of a 4-bit weight would show that their scales multiply sums: it is packed at no great
-    // cost.
-    const bool short_sums = fourbit && list[i].Q <= 128;
-    list[i].along_rows = list[i].reduction_contiguous && !short_sums && list[i].M <= few;
-    list[i].bf16_codes = compute == DType::bf16;
     forms.push_back(form_of(list[i], compute));
     conversions.push_back({forms[i].row_bytes > 0 ? list[i].M : 0, list[i].Q});
     bytes += bytes_of(i);
@@ -133,6 +136,10 @@ void linear(std::vector<LinearArgs> list, DType compute, const Threads& threads)
       if (forms[i].row_bytes == 0) continue;
       list[i].X = to, list[i].ldx = forms[i].row_bytes / size_of(forms[i].dtype);
       to += bytes_of(i);
+      // Rows beyond the last are columns that nobody reads, but what they hold must not slow down sums.
+      const int64_t beyond = list[i].M % rows_in_tiles;
+      if (list[i].tiles == MatrixTiles::in_place && beyond > 0)
+        std::memset(to - rows_in_tiles * forms[i].row_bytes, 0, rows_in_tiles * forms[i].row_bytes);
     }
     parallel_for_each(threads, conversions, [&](size_t i, int64_t begin, int64_t end) {
       for (int64_t m = begin; m < end; ++m) bring_to_form(forms[i], list[i], sources[i] + m * strides[i], m);

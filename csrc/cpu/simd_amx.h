@@ -11,6 +11,22 @@ struct Amx : Avx512Bf16 {
   static constexpr bool has_matrix_tiles = true;
   static constexpr int64_t matrix_rows = 16, matrix_columns = 16, matrix_depth = 32;
 
+  // 32 codes at p, looked up in values that are rounded to bf16.
+  PEFTFAST_INLINE static Pairs bf16_codebook(const float* values) {
+    alignas(64) bf16 twice[32];  // the index has five bits, of which the first is of another code
+    for (int i = 0; i < 32; ++i) twice[i] = from_float<bf16>(values[i % 16]);
+    return load_pairs(twice);
+  }
+  PEFTFAST_INLINE static Pairs decode_32(Pairs values, const uint8_t* p) {
+    // Each byte to both halves of a word of 32 bits, the first half shifted to its code.
+    const __m512i bytes = _mm512_shuffle_epi8(
+        _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+        _mm512_set_epi8(-1, 15, -1, 15, -1, 14, -1, 14, -1, 13, -1, 13, -1, 12, -1, 12, -1, 11, -1, 11, -1, 10, -1, 10,
+                        -1, 9, -1, 9, -1, 8, -1, 8, -1, 7, -1, 7, -1, 6, -1, 6, -1, 5, -1, 5, -1, 4, -1, 4, -1, 3, -1,
+                        3, -1, 2, -1, 2, -1, 1, -1, 1, -1, 0, -1, 0));
+    return _mm512_permutexvar_epi16(_mm512_srlv_epi16(bytes, _mm512_set1_epi32(4)), values);
+  }
+
   // While one lives, its thread has the tiles.
   class Tiles {
    public:

@@ -15,6 +15,9 @@ constexpr int64_t panel_columns = 64;
 // Rows of X that matrix tiles take at a time.
 constexpr int64_t rows_in_tiles = 32;
 
+// A sum of so many products or fewer over a 4-bit weight is formed of its elements, never of codes and scales apart.
+constexpr int64_t longest_short_sum = 128;
+
 // Whether a product runs in matrix tiles, and what W is there: packed, as the right operand of X, or the left operand
 // of X transposed, in place, which saves packing it for few rows.
 enum class MatrixTiles { none, packed, in_place };
@@ -133,7 +136,7 @@ struct Table {
   bool bf16_dot;  // multiplies pairs of bf16 in one instruction
   void (*transpose[dtype_count])(const TransposeArgs& args, int64_t begin, int64_t end);
   void (*down[dtype_count])(const DownArgs& args, int64_t row_begin, int64_t row_end);
-  int64_t few_rows[dtype_count], few_rows_fourbit[dtype_count];  // with at most so many, packing costs too much
+  int64_t few_rows[dtype_count];        // with at most so many, packing a weight costs more than it saves
   int64_t linear_columns[dtype_count];  // the most that `linear` gains by
   void (*linear[dtype_count])(const LinearArgs& args, int64_t column, int64_t columns, int64_t row_begin,
                               int64_t row_end);
@@ -153,8 +156,8 @@ struct Table {
   // [arranged_size(Q)].
   int64_t (*arranged_size)(int64_t Q);  // 0: they are taken as they are
   void (*arrange)(const float* x, int64_t Q, bool bf16_codes, float* out);
-  // How a product in bf16 runs, and the arranging of one row of its X, the `row`th of the rows_in_tiles that start at
-  // out, of Q elements each, rounded up to a multiple of 32.
+  // How a product in bf16 may run, and the arranging of one row of its X, the `row`th of the rows_in_tiles that start
+  // at out, of Q elements each, rounded up to a multiple of 32.
   MatrixTiles (*matrix_tiles)(const LinearArgs& args);
   void (*arrange_in_tiles)(const void* x, int64_t Q, MatrixTiles tiles, int64_t row, void* out);  // bf16
   void (*fourbit_quantize[dtype_count])(const FourBitQuantizeArgs& args, int64_t block_begin, int64_t block_end);

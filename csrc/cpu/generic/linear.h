@@ -37,19 +37,22 @@ bool down_columns(const LinearArgs& args) {
 }
 
 // Up to so many rows, X transposed and a strip of W share L2, and loading W costs less than packing it.
-constexpr int64_t most_rows_in_place = 112;
+constexpr int64_t most_rows_in_place = 112, most_rows_in_place_fourbit = 32;
 
 template <class S>
 MatrixTiles matrix_tiles(const LinearArgs& args) {
-  if (!S::has_matrix_tiles || args.along_rows || down_columns<S, bf16>(args)) return MatrixTiles::none;
-  const bool in_place = args.reduction_contiguous && !args.fourbit && args.M <= most_rows_in_place;
+  if (!S::has_matrix_tiles || down_columns<S, bf16>(args)) return MatrixTiles::none;
+  int64_t most = most_rows_in_place;
+  if (args.fourbit) {
+    const bool whole_blocks = args.Q % args.fourbit->blocksize == 0;
+    most = whole_blocks && args.bf16_codes && args.Q > longest_short_sum ? most_rows_in_place_fourbit : 0;
+  }
+  const bool in_place = args.reduction_contiguous && args.M <= most;
   return in_place ? MatrixTiles::in_place : MatrixTiles::packed;
 }
 
 template <class S, class T>
-constexpr int64_t few_rows = in_matrix_tiles<S, T> ? 0 : 12;
-template <class S, class T>
-constexpr int64_t few_rows_fourbit = in_matrix_tiles<S, T> ? 4 : 12;
+constexpr int64_t few_rows = in_matrix_tiles<S, T> ? 4 : 12;
 
 template <class S, class T>
 constexpr int64_t linear_columns = in_matrix_tiles<S, T> ? 4 * panel_columns : panel_columns;
@@ -225,47 +228,106 @@ class LinearStrip {
     typename S::Tiles tiles;
     for (int64_t p = 0; p < columns_; p += 2 * tile)
       for (int64_t m = row_begin; m < row_end; m += rows_in_tiles) {
-        alignas(64) float sums[4][tile * tile];  // [W's upper or lower rows, X's]
+        alignas(64) float sums[4][tile * tile] = {};  // of the upper or lower rows of W, the upper or lower rows of X
         const T* x = X() + m * steps * depth;
+        const auto multiply = [&](auto row_tiles) {
+          if (args_.fourbit)
+            multiply_codes_in_place<row_tiles.value>(tiles, p, x, sums);
+          else
+            multiply_in_place<row_tiles.value>(tiles, p, x, steps, sums);
+        };
         if (m + tile < row_end)
-          multiply_in_place<2>(tiles, p, x, steps, sums);
+          multiply(std::integral_constant<int, 2>{});
         else
-          multiply_in_place<1>(tiles, p, x, steps, sums);
+          multiply(std::integral_constant<int, 1>{});
         for (int64_t i = 0; i < 4; ++i) add_transposed(sums[i], m + i % 2 * tile, row_end, p + i / 2 * tile);
       }
   }
 
+  // One step of the reduction: 32 rows of W, `row_bytes` apart, and X's two tiles, of which the first alone may count.
+  template <int row_tiles, class Tiles>
+  PEFTFAST_INLINE void step_in_place(Tiles& tiles, const T* w, int64_t row_bytes, const T* x) {
+    constexpr int64_t tile = S::matrix_rows;
+    tiles.template load<4>(w, row_bytes);
+    tiles.template load<6>(x, 4 * tile);
+    tiles.template dot<0, 4, 6>();
+    if constexpr (row_tiles == 2) {
+      tiles.template load<7>(x + tile * S::matrix_depth, 4 * tile);
+      tiles.template dot<1, 4, 7>();
+    }
+    tiles.template load<5>(w + tile * row_bytes / sizeof(T), row_bytes);
+    tiles.template dot<2, 5, 6>();
+    if constexpr (row_tiles == 2) tiles.template dot<3, 5, 7>();
+  }
+
+  template <int row_tiles, class Tiles>
+  PEFTFAST_INLINE void clear_sums(Tiles& tiles) {
+    tiles.template clear<0>(), tiles.template clear<2>();
+    if constexpr (row_tiles == 2) tiles.template clear<1>(), tiles.template clear<3>();
+  }
+  template <int row_tiles, class Tiles>
+  PEFTFAST_INLINE void store_sums(Tiles& tiles, float (*sums)[16 * 16]) {
+    tiles.template store<0>(sums[0], 64), tiles.template store<2>(sums[2], 64);
+    if constexpr (row_tiles == 2) tiles.template store<1>(sums[1], 64), tiles.template store<3>(sums[3], 64);
+  }
+
   template <int row_tiles, class Tiles>
   void multiply_in_place(Tiles& tiles, int64_t p, const T* x, int64_t steps, float (*sums)[16 * 16]) {
-    constexpr int64_t tile = S::matrix_rows, depth = S::matrix_depth, x_tile = depth * tile;
+    constexpr int64_t depth = S::matrix_depth;
     const T* w = W() + (column_ + p) * args_.ldw;
-    const int64_t whole = columns_ - p >= 2 * tile ? args_.Q / depth : 0, row_bytes = args_.ldw * sizeof(T);
-    tiles.template clear<0>(), tiles.template clear<1>(), tiles.template clear<2>(), tiles.template clear<3>();
-    for (int64_t s = 0; s < steps; ++s, w += depth, x += 2 * x_tile) {
-      alignas(64) T rest[2 * tile * depth];  // at the edges of W
-      const T* from = w;
-      int64_t from_bytes = row_bytes;
-      if (s >= whole) {
-        std::memset(rest, 0, sizeof(rest));
-        for (int64_t i = 0; i < std::min(2 * tile, columns_ - p); ++i)
-          std::memcpy(rest + i * depth, w + i * args_.ldw, std::min(depth, args_.Q - s * depth) * sizeof(T));
-        from = rest, from_bytes = depth * sizeof(T);
+    const int64_t n = std::min(2 * S::matrix_rows, columns_ - p), whole = n == 2 * S::matrix_rows ? args_.Q / depth : 0;
+    clear_sums<row_tiles>(tiles);
+    for (int64_t s = 0; s < steps; ++s, w += depth, x += 2 * S::matrix_rows * depth) {
+      if (s < whole) {
+        step_in_place<row_tiles>(tiles, w, args_.ldw * sizeof(T), x);
+        continue;
       }
-      tiles.template load<4>(from, from_bytes);
-      tiles.template load<6>(x, 4 * tile);
-      tiles.template dot<0, 4, 6>();
-      if constexpr (row_tiles == 2) {
-        tiles.template load<7>(x + x_tile, 4 * tile);
-        tiles.template dot<1, 4, 7>();
-      }
-      tiles.template load<5>(from + tile * from_bytes / sizeof(T), from_bytes);
-      tiles.template dot<2, 5, 6>();
-      if constexpr (row_tiles == 2) tiles.template dot<3, 5, 7>();
+      alignas(64) T rest[2 * S::matrix_rows * depth] = {};
+      for (int64_t i = 0; i < n; ++i)
+        std::memcpy(rest + i * depth, w + i * args_.ldw, std::min(depth, args_.Q - s * depth) * sizeof(T));
+      step_in_place<row_tiles>(tiles, rest, depth * sizeof(T), x);
     }
-    tiles.template store<0>(sums[0], 4 * tile);
-    tiles.template store<1>(sums[1], 4 * tile);
-    tiles.template store<2>(sums[2], 4 * tile);
-    tiles.template store<3>(sums[3], 4 * tile);
+    store_sums<row_tiles>(tiles, sums);
+  }
+
+  // The same of a 4-bit W, whose codes stand for values rounded to bf16; a block's scale multiplies the sum of its
+  // products. The values of up to 64 codes of each row are looked up while those before are multiplied.
+  template <int row_tiles, class Tiles>
+  void multiply_codes_in_place(Tiles& tiles, int64_t p, const T* x, float (*sums)[16 * 16]) {
+    constexpr int64_t rows = 2 * S::matrix_rows, depth = S::matrix_depth;
+    const FourBitMatrix& W = *args_.fourbit;
+    const AbsmaxReader absmax(W);
+    const auto codebook = S::bf16_codebook(fourbit::codebook_of(W.type));
+    const int64_t first = args_.fourbit_row + column_ + p, last = args_.fourbit_row + column_ + columns_ - 1;
+    const int64_t runs = args_.Q / depth, runs_at_once = std::min<int64_t>(W.blocksize, 64) / depth;
+    thread_local Scratch scratch;
+    float* scales = scratch.floats(rows * runs);
+    for (int64_t i = 0; i < rows; ++i) absmax.each_32(std::min(first + i, last) * args_.Q, runs, scales + i * runs);
+    alignas(64) T values[2][2][rows * depth];
+    const auto look_up = [&](int64_t run) __attribute__((always_inline)) {
+      T* out = values[run / runs_at_once % 2][0];
+      for (int64_t i = 0; i < rows; ++i) {
+        const uint8_t* packed = W.packed + (std::min(first + i, last) * args_.Q + run * depth) / 2;
+        for (int64_t r = 0; r < runs_at_once; ++r)
+          S::store_pairs(out + (r * rows + i) * depth, S::decode_32(codebook, packed + r * depth / 2));
+      }
+    };
+    look_up(0);
+    for (int64_t run = 0; run < runs; run += runs_at_once) {
+      if (run + runs_at_once < runs) look_up(run + runs_at_once);
+      clear_sums<row_tiles>(tiles);
+      for (int64_t r = 0; r < runs_at_once; ++r, x += rows * depth)
+        step_in_place<row_tiles>(tiles, values[run / runs_at_once % 2][r], depth * sizeof(T), x);
+      alignas(64) float products[4][16 * 16];
+      store_sums<row_tiles>(tiles, products);
+      for (int64_t i = 0; i < rows; ++i) {
+        const typename S::F scale = S::set1(scales[i * runs + run]);
+        for (int k = 0; k < row_tiles; ++k) {
+          float* sum = sums[i / 16 * 2 + k] + i % 16 * 16;
+          S::store(sum, S::fma(S::load(products[i / 16 * 2 + k] + i % 16 * 16), scale, S::load(sum)));
+        }
+      }
+    }
   }
 
   // Adds sums [columns, rows], a tile, to what is parked of rows from m on and columns from p on.
