@@ -10,6 +10,8 @@
 //   32 │   X   │  │matrix│  ->  │  ->  │      │         a block of X, arranged in tiles, stays in L1 while the
 //      └───────┘  │tiles │      │      │      │         columns go by; sums are parked in fp32 between blocks
 //                 └──────┴──────┴──────┴──────┘
+//
+// Few rows of X are not worth packing W for them: they meet it where it lies.
 #pragma once
 
 #include <algorithm>
@@ -37,7 +39,7 @@ bool down_columns(const LinearArgs& args) {
 }
 
 // Up to so many rows, X transposed and a strip of W share L2, and loading W costs less than packing it.
-constexpr int64_t most_rows_in_place = 112, most_rows_in_place_fourbit = 32;
+constexpr int64_t most_rows_in_place = 112, most_rows_in_place_fourbit = 64;
 
 template <class S>
 MatrixTiles matrix_tiles(const LinearArgs& args) {
@@ -312,22 +314,28 @@ class LinearStrip {
           S::store_pairs(out + (r * rows + i) * depth, S::decode_32(codebook, packed + r * depth / 2));
       }
     };
+    // A tile that was just stored is not there to be read yet: its products are added one turn later.
+    alignas(64) float products[2][4][16 * 16];
+    const auto add_products = [&](int64_t run) __attribute__((always_inline)) {
+      const auto of = products[run / runs_at_once % 2];
+      for (int64_t i = 0; i < rows; ++i) {
+        const typename S::F scale = S::set1(scales[i * runs + run]);
+        for (int k = 0; k < row_tiles; ++k) {
+          float* sum = sums[i / 16 * 2 + k] + i % 16 * 16;
+          S::store(sum, S::fma(S::load(of[i / 16 * 2 + k] + i % 16 * 16), scale, S::load(sum)));
+        }
+      }
+    };
     look_up(0);
     for (int64_t run = 0; run < runs; run += runs_at_once) {
       if (run + runs_at_once < runs) look_up(run + runs_at_once);
       clear_sums<row_tiles>(tiles);
       for (int64_t r = 0; r < runs_at_once; ++r, x += rows * depth)
         step_in_place<row_tiles>(tiles, values[run / runs_at_once % 2][r], depth * sizeof(T), x);
-      alignas(64) float products[4][16 * 16];
-      store_sums<row_tiles>(tiles, products);
-      for (int64_t i = 0; i < rows; ++i) {
-        const typename S::F scale = S::set1(scales[i * runs + run]);
-        for (int k = 0; k < row_tiles; ++k) {
-          float* sum = sums[i / 16 * 2 + k] + i % 16 * 16;
-          S::store(sum, S::fma(S::load(products[i / 16 * 2 + k] + i % 16 * 16), scale, S::load(sum)));
-        }
-      }
+      if (run > 0) add_products(run - runs_at_once);
+      store_sums<row_tiles>(tiles, products[run / runs_at_once % 2]);
     }
+    add_products(runs - runs_at_once);
   }
 
   // Adds sums [columns, rows], a tile, to what is parked of rows from m on and columns from p on.
