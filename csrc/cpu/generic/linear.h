@@ -38,18 +38,18 @@ bool down_columns(const LinearArgs& args) {
   return args.M <= most && !args.reduction_contiguous && !args.fourbit && args.P % panel_columns == 0;
 }
 
-// Up to so many rows, X transposed and a strip of W share L2, and loading W costs less than packing it.
-constexpr int64_t most_rows_in_place = 112, most_rows_in_place_fourbit = 64;
+// Up to so many rows, X transposed and a strip of W share L2, and loading W costs less than packing it. With fewer than
+// three of a 4-bit W, its codes are better looked up in registers.
+constexpr int64_t most_rows_in_place = 112, fewest_rows_in_place_fourbit = 3, most_rows_in_place_fourbit = 64;
 
 template <class S>
 MatrixTiles matrix_tiles(const LinearArgs& args) {
   if (!S::has_matrix_tiles || down_columns<S, bf16>(args)) return MatrixTiles::none;
-  int64_t most = most_rows_in_place;
-  if (args.fourbit) {
-    const bool whole_blocks = args.Q % args.fourbit->blocksize == 0;
-    most = whole_blocks && args.bf16_codes && args.Q > longest_short_sum ? most_rows_in_place_fourbit : 0;
-  }
-  const bool in_place = args.reduction_contiguous && args.M <= most;
+  bool in_place = args.reduction_contiguous && args.M <= most_rows_in_place;
+  if (args.fourbit)
+    in_place = args.reduction_contiguous && args.M >= fewest_rows_in_place_fourbit &&
+               args.M <= most_rows_in_place_fourbit && args.bf16_codes && args.Q > longest_short_sum &&
+               args.Q % args.fourbit->blocksize == 0;
   return in_place ? MatrixTiles::in_place : MatrixTiles::packed;
 }
 
@@ -306,12 +306,18 @@ class LinearStrip {
     float* scales = scratch.floats(rows * runs);
     for (int64_t i = 0; i < rows; ++i) absmax.each_32(std::min(first + i, last) * args_.Q, runs, scales + i * runs);
     alignas(64) T values[2][2][rows * depth];
+    const int64_t row_bytes = args_.Q / 2;
     const auto look_up = [&](int64_t run) __attribute__((always_inline)) {
       T* out = values[run / runs_at_once % 2][0];
+      // So many rows at a time are more than the hardware fetches ahead of their own; after their ends come the next.
+      constexpr int64_t bytes_ahead = 512;
+      int64_t ahead = run * depth / 2 + bytes_ahead;
+      if (ahead >= row_bytes) ahead += (rows - 1) * row_bytes;
       for (int64_t i = 0; i < rows; ++i) {
-        const uint8_t* packed = W.packed + (std::min(first + i, last) * args_.Q + run * depth) / 2;
+        const uint8_t* row = W.packed + std::min(first + i, last) * row_bytes;
+        __builtin_prefetch(hidden(row) + ahead);
         for (int64_t r = 0; r < runs_at_once; ++r)
-          S::store_pairs(out + (r * rows + i) * depth, S::decode_32(codebook, packed + r * depth / 2));
+          S::store_pairs(out + (r * rows + i) * depth, S::decode_32(codebook, row + (run + r) * depth / 2));
       }
     };
     // A tile that was just stored is not there to be read yet: its products are added one turn later.
