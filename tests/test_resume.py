@@ -534,7 +534,7 @@ def test_offloaded_activations_train_bit_for_bit_alike(settings, monkeypatch, ch
     assert result.losses == plain.losses
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="an accelerator is what this machine must lack")
 def test_offloading_takes_a_gpu(settings, capsys):
     assert "--activation-offloading takes a GPU" in refusal(
         capsys, *arguments(settings(activation_offloading=True))

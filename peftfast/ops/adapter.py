@@ -68,7 +68,7 @@ def bottleneck_adapter(
         [..., H] in the dtype of x.
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value; the message names it.
-        NotImplementedError: a second derivative is asked for.
+        NotImplementedError: a second derivative is asked for; training takes none, and a wrong one must not pass.
     """
     parameters = dict(
         down_weight=down_weight, down_bias=down_bias, up_weight=up_weight, up_bias=up_bias,

@@ -76,7 +76,7 @@ def linear_cross_entropy(
         and weight are cast as `torch.nn.functional.linear` casts them.
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value; the message names it.
-        NotImplementedError: a second derivative is asked for.
+        NotImplementedError: a second derivative is asked for; training takes none, and a wrong one must not pass.
     """
     lora_A, lora_B = as_list(lora_A, 1), as_list(lora_B, 1)
     scaling, dropout = as_list(scaling, len(lora_A)), as_list(dropout, len(lora_A))

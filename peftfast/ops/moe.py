@@ -70,7 +70,7 @@ def grouped_linear(
         [M, N] in the dtype of x, rounded once.
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value; the message names it.
-        NotImplementedError: a second derivative is asked for.
+        NotImplementedError: a second derivative is asked for; training takes none, and a wrong one must not pass.
     """
     _check(
         x, weight, offsets, lora_A, lora_B, scaling, experts, slots, rows, bias, dropout, transposed, seed,

@@ -40,7 +40,7 @@ def swiglu(gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:
         [..., I] in the dtype of gate.
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value; the message names it.
-        NotImplementedError: a second derivative is asked for.
+        NotImplementedError: a second derivative is asked for; training takes none, and a wrong one must not pass.
     """
     _check_tensors(gate=gate, up=up)
     if gate.dim() == 0:
@@ -114,7 +114,7 @@ def rms_norm(
         [..., H] in the dtype of x; with `cast_first` in that to which torch promotes the dtypes of x and weight.
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value; the message names it.
-        NotImplementedError: a second derivative is asked for.
+        NotImplementedError: a second derivative is asked for; training takes none, and a wrong one must not pass.
     """
     _check_tensors(x=x, **({} if weight is None else {"weight": weight}))
     if x.dim() == 0:
