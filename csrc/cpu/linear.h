@@ -155,6 +155,8 @@ void linear(std::vector<LinearArgs> list, DType compute, const Threads& threads)
   for (size_t i = 0; i < list.size(); ++i) all_panels += strips(i, panel_columns);
   for (size_t i = 0; i < list.size(); ++i) {
     int64_t wide = list[i].along_rows ? panel_columns : table().linear_columns[static_cast<int>(forms[i].dtype)];
+    // With few rows to multiply, packing is bound by reading W, whose rows lie pages apart: longer pieces of fewer.
+    if (list[i].tiles == MatrixTiles::packed && list[i].M <= 64) wide *= 2;
     while (wide > panel_columns && all_panels * panel_columns < 2 * threads.count * wide) wide /= 2;
     columns.push_back(wide);
     all_strips += strips(i, wide);

@@ -27,6 +27,34 @@ struct Avx512Bf16 : Avx512 {
   PEFTFAST_INLINE static F dot(Pairs a, Pairs b, F c) {
     return _mm512_dpbf16_ps(c, bit_cast<__m512bh>(a), bit_cast<__m512bh>(b));
   }
+
+  // The values that the codes of two rows stand for, rounded as by round_pairs().
+  PEFTFAST_INLINE static Pairs codebook_of_two(F first, F second) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(bit_cast<__m256i>(_mm512_cvtneps_pbh(first))),
+                              bit_cast<__m256i>(_mm512_cvtneps_pbh(second)), 1);
+  }
+  // 32 codes of either row: out[0] gets the pairs of the first 16.
+  PEFTFAST_INLINE static void decode_two(Pairs values, const uint8_t* first, const uint8_t* second, Pairs (&out)[2]) {
+    const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(first));
+    const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(second));
+    out[0] = look_up_two(values, _mm_unpacklo_epi64(a, b)), out[1] = look_up_two(values, _mm_unpackhi_epi64(a, b));
+  }
+
+ private:
+  // Each byte of the first row, in the lower half, to the low halves of two words of 32 bits, of the second to the high
+  // ones; the first of two words is shifted to its code. The second row's values are 16 places further on.
+  PEFTFAST_INLINE static Pairs look_up_two(Pairs values, __m128i rows) {
+    const __m512i bytes = _mm512_shuffle_epi8(
+        _mm512_broadcast_i32x4(rows),
+        _mm512_set_epi8(-1, 15, -1, 7, -1, 15, -1, 7, -1, 14, -1, 6, -1, 14, -1, 6, -1, 13, -1, 5, -1, 13, -1, 5, -1,
+                        12, -1, 4, -1, 12, -1, 4, -1, 11, -1, 3, -1, 11, -1, 3, -1, 10, -1, 2, -1, 10, -1, 2, -1, 9, -1,
+                        1, -1, 9, -1, 1, -1, 8, -1, 0, -1, 8, -1, 0));
+    const __m512i codes = _mm512_srlv_epi32(bytes, _mm512_set1_epi64(4));
+    constexpr int and_then_or = 0xea;
+    return _mm512_permutexvar_epi16(
+        _mm512_ternarylogic_epi32(codes, _mm512_set1_epi32(0x000f000f), _mm512_set1_epi32(0x00100000), and_then_or),
+        values);
+  }
 };
 
 }  // namespace

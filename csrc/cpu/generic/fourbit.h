@@ -187,6 +187,42 @@ void pack_fourbit_transposed(const FourBitMatrix& W, int64_t K, int64_t column, 
   }
 }
 
+// pack_fourbit_straight in pairs, of a W whose rows and blocks are cut into whole runs of 32: scale and rounding are
+// for the 16 values of a run, not for its elements.
+template <class Mode>
+void pack_fourbit_runs(const FourBitMatrix& W, int64_t P, int64_t column, int64_t columns, int64_t q, int64_t Q,
+                       uint32_t* panel, int64_t subpanel_size) {
+  using S = typename Mode::S;
+  constexpr int64_t NR = Mode::columns, run = 32;
+  const AbsmaxReader absmax(W);
+  const auto values = S::codebook(fourbit::codebook_of(W.type));
+  const int64_t runs = columns / run;
+  thread_local Scratch scratch;
+  float* scales = scratch.floats(2 * runs);
+  for (int64_t r = 0; r < Q; r += 2) {
+    const bool odd = r + 1 == Q;  // a last row alone is paired with zeros
+    const uint8_t* first = W.packed + ((q + r) * P + column) / 2;
+    const uint8_t* second = odd ? first : first + P / 2;
+    absmax.each_32((q + r) * P + column, runs, scales);
+    if (odd)
+      std::fill_n(scales + runs, runs, 0.0f);
+    else
+      absmax.each_32((q + r + 1) * P + column, runs, scales + runs);
+    for (int64_t i = 0; i < 2; ++i)
+      prefetch_row(W.packed + ((q + std::min(r + i + rows_ahead, Q - 1)) * P + column) / 2, columns / 2);
+    for (int64_t i = 0; i < runs; ++i) {
+      const auto codebook =
+          S::codebook_of_two(S::mul(values, S::set1(scales[i])), S::mul(values, S::set1(scales[runs + i])));
+      typename S::Pairs pairs[2];
+      S::decode_two(codebook, first + i * (run / 2), second + i * (run / 2), pairs);
+      uint32_t* out = panel + i * run / NR * subpanel_size + r / 2 * NR + i * run % NR;
+      S::store_pairs(out, pairs[0]), S::store_pairs(out + S::width, pairs[1]);
+    }
+    for (int64_t p = columns; p % NR != 0; p += S::width)
+      S::store_pairs(panel + p / NR * subpanel_size + r / 2 * NR + p % NR, S::words(0));
+  }
+}
+
 // A panel from W [N, P] with the reduction down its columns, from row q over Q rows.
 template <class Mode>
 void pack_fourbit_straight(const FourBitMatrix& W, int64_t P, int64_t column, int64_t columns, int64_t q, int64_t Q,
@@ -194,6 +230,8 @@ void pack_fourbit_straight(const FourBitMatrix& W, int64_t P, int64_t column, in
   using S = typename Mode::S;
   constexpr bool pairs = std::is_same_v<typename Mode::Panel, uint32_t>;
   constexpr int64_t NR = Mode::columns, per_row = pairs ? 2 : 1;  // rows of W in one row of the panel
+  if constexpr (pairs)
+    if (P % 32 == 0) return pack_fourbit_runs<Mode>(W, P, column, columns, q, Q, panel, subpanel_size);
   const AbsmaxReader absmax(W);
   const auto codebook = S::codebook(fourbit::codebook_of(W.type));
   const int64_t padded = (Q + Mode::unit - 1) / Mode::unit * Mode::unit;

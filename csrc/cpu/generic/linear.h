@@ -73,7 +73,8 @@ class LinearStrip {
 
   void run(int64_t row_begin, int64_t row_end) {
     const int64_t most = panel_bytes / panel_columns / (sizeof(Panel) * Mode::panel_rows) * Mode::unit;
-    const int64_t block_size = in_matrix_tiles<S, T> ? block_of_tiles : most;
+    const int64_t block_size =
+        in_matrix_tiles<S, T> ? block_of_tiles * linear_columns<S, T> / std::max(width_, linear_columns<S, T>) : most;
     const int64_t blocks = std::max<int64_t>(1, (args_.Q + block_size - 1) / block_size);
     const int64_t block = std::max<int64_t>(64, ((args_.Q + blocks - 1) / blocks + 63) / 64 * 64);
     const bool few = args_.along_rows, straight = down_columns<S, T>(args_);
@@ -129,7 +130,7 @@ class LinearStrip {
   using Panel = typename Mode::Panel;
   using LowRank = Widened<S, float, float>;
   static constexpr int64_t NR = tile_columns<S>;
-  static constexpr int64_t block_of_tiles = 512;  // of the reduction
+  static constexpr int64_t block_of_tiles = 512;  // of the reduction, of a strip that is no wider than others
 
   const T* X() const { return static_cast<const T*>(args_.X); }
   const T* W() const { return static_cast<const T*>(args_.W); }
@@ -223,80 +224,112 @@ class LinearStrip {
     }
   }
 
-  // Y^T = W X^T + ..., with W as the left operand where it lies: its tiles are rows of 64 bytes already.
+  // Y^T = W X^T + ..., with W as the left operand where it lies: its tiles are rows of 64 bytes already. Four tiles of
+  // sums are two of W by two of X, or, where each code of W is looked up for all of them, one by four.
   void products_in_place(int64_t row_begin, int64_t row_end) {
-    constexpr int64_t tile = S::matrix_rows, depth = S::matrix_depth;
-    const int64_t steps = (args_.Q + depth - 1) / depth;
+    const bool once = args_.fourbit != nullptr && row_end - row_begin > rows_in_tiles;
+    constexpr int64_t tile = S::matrix_rows;
+    const int64_t w_rows = once ? tile : 2 * tile, x_rows = once ? 4 * tile : 2 * tile;
     typename S::Tiles tiles;
-    for (int64_t p = 0; p < columns_; p += 2 * tile)
-      for (int64_t m = row_begin; m < row_end; m += rows_in_tiles) {
-        alignas(64) float sums[4][tile * tile] = {};  // of the upper or lower rows of W, the upper or lower rows of X
-        const T* x = X() + m * steps * depth;
-        const auto multiply = [&](auto row_tiles) {
-          if (args_.fourbit)
-            multiply_codes_in_place<row_tiles.value>(tiles, p, x, sums);
-          else
-            multiply_in_place<row_tiles.value>(tiles, p, x, steps, sums);
-        };
-        if (m + tile < row_end)
-          multiply(std::integral_constant<int, 2>{});
+    for (int64_t p = 0; p < columns_; p += w_rows)
+      for (int64_t m = row_begin; m < row_end; m += x_rows) {
+        alignas(64) float sums[4][tile * tile] = {};
+        const int64_t x_tiles = std::min(x_rows, row_end - m + tile - 1) / tile;
+        if (once)
+          x_tiles > 3   ? multiply_codes_in_place<1, 4>(tiles, p, m, sums)
+          : x_tiles > 2 ? multiply_codes_in_place<1, 3>(tiles, p, m, sums)
+                        : multiply_codes_in_place<1, 2>(tiles, p, m, sums);
+        else if (args_.fourbit)
+          x_tiles > 1 ? multiply_codes_in_place<2, 2>(tiles, p, m, sums)
+                      : multiply_codes_in_place<2, 1>(tiles, p, m, sums);
         else
-          multiply(std::integral_constant<int, 1>{});
-        for (int64_t i = 0; i < 4; ++i) add_transposed(sums[i], m + i % 2 * tile, row_end, p + i / 2 * tile);
+          x_tiles > 1 ? multiply_in_place<2, 2>(tiles, p, m, sums) : multiply_in_place<2, 1>(tiles, p, m, sums);
+        for (int64_t i = 0; i < 4; ++i)
+          once ? add_transposed(sums[i], m + i * tile, row_end, p)
+               : add_transposed(sums[i], m + i % 2 * tile, row_end, p + i / 2 * tile);
       }
   }
 
-  // One step of the reduction: 32 rows of W, `row_bytes` apart, and X's two tiles, of which the first alone may count.
-  template <int row_tiles, class Tiles>
-  PEFTFAST_INLINE void step_in_place(Tiles& tiles, const T* w, int64_t row_bytes, const T* x) {
-    constexpr int64_t tile = S::matrix_rows;
+  // The tile of sums of a tile of W and one of X.
+  template <int w_tiles>
+  static constexpr int sums_of(int w, int x) {
+    return w_tiles == 2 ? 2 * w + x : x;
+  }
+
+  // Row m of X, the first of its group, as it is arranged.
+  const T* arranged(int64_t m) const {
+    return X() + m * ((args_.Q + S::matrix_depth - 1) / S::matrix_depth * S::matrix_depth);
+  }
+
+  // One step of the reduction: rows of W, `row_bytes` apart, and X's tiles, the third and fourth of which are in the
+  // next group of rows.
+  template <int w_tiles, int x_tiles, class Tiles>
+  PEFTFAST_INLINE void step_in_place(Tiles& tiles, const T* w, int64_t row_bytes, const T* x, const T* next_x) {
+    constexpr int64_t rows = S::matrix_rows, tile = rows * S::matrix_depth;
     tiles.template load<4>(w, row_bytes);
-    tiles.template load<6>(x, 4 * tile);
+    tiles.template load<6>(x, 4 * rows);
     tiles.template dot<0, 4, 6>();
-    if constexpr (row_tiles == 2) {
-      tiles.template load<7>(x + tile * S::matrix_depth, 4 * tile);
+    if constexpr (x_tiles > 1) {
+      tiles.template load<7>(x + tile, 4 * rows);
       tiles.template dot<1, 4, 7>();
     }
-    tiles.template load<5>(w + tile * row_bytes / sizeof(T), row_bytes);
-    tiles.template dot<2, 5, 6>();
-    if constexpr (row_tiles == 2) tiles.template dot<3, 5, 7>();
+    if constexpr (w_tiles == 2) {
+      tiles.template load<5>(w + rows * row_bytes / sizeof(T), row_bytes);
+      tiles.template dot<2, 5, 6>();
+      if constexpr (x_tiles > 1) tiles.template dot<3, 5, 7>();
+    }
+    if constexpr (x_tiles > 2) {
+      tiles.template load<6>(next_x, 4 * rows);
+      tiles.template dot<2, 4, 6>();
+    }
+    if constexpr (x_tiles > 3) {
+      tiles.template load<7>(next_x + tile, 4 * rows);
+      tiles.template dot<3, 4, 7>();
+    }
   }
 
-  template <int row_tiles, class Tiles>
+  // f(integral_constant) for each tile of sums.
+  template <int w_tiles, int x_tiles, class F>
+  PEFTFAST_INLINE static void each_sum(F f) {
+    f(std::integral_constant<int, 0>{});
+    if constexpr (x_tiles > 1) f(std::integral_constant<int, 1>{});
+    if constexpr (w_tiles == 2 || x_tiles > 2) f(std::integral_constant<int, 2>{});
+    if constexpr (w_tiles * x_tiles == 4) f(std::integral_constant<int, 3>{});
+  }
+  template <int w_tiles, int x_tiles, class Tiles>
   PEFTFAST_INLINE void clear_sums(Tiles& tiles) {
-    tiles.template clear<0>(), tiles.template clear<2>();
-    if constexpr (row_tiles == 2) tiles.template clear<1>(), tiles.template clear<3>();
+    each_sum<w_tiles, x_tiles>([&](auto i) { tiles.template clear<i.value>(); });
   }
-  template <int row_tiles, class Tiles>
+  template <int w_tiles, int x_tiles, class Tiles>
   PEFTFAST_INLINE void store_sums(Tiles& tiles, float (*sums)[16 * 16]) {
-    tiles.template store<0>(sums[0], 64), tiles.template store<2>(sums[2], 64);
-    if constexpr (row_tiles == 2) tiles.template store<1>(sums[1], 64), tiles.template store<3>(sums[3], 64);
+    each_sum<w_tiles, x_tiles>([&](auto i) { tiles.template store<i.value>(sums[i.value], 64); });
   }
 
-  template <int row_tiles, class Tiles>
-  void multiply_in_place(Tiles& tiles, int64_t p, const T* x, int64_t steps, float (*sums)[16 * 16]) {
-    constexpr int64_t depth = S::matrix_depth;
-    const T* w = W() + (column_ + p) * args_.ldw;
-    const int64_t n = std::min(2 * S::matrix_rows, columns_ - p), whole = n == 2 * S::matrix_rows ? args_.Q / depth : 0;
-    clear_sums<row_tiles>(tiles);
+  template <int w_tiles, int x_tiles, class Tiles>
+  void multiply_in_place(Tiles& tiles, int64_t p, int64_t m, float (*sums)[16 * 16]) {
+    constexpr int64_t depth = S::matrix_depth, rows = w_tiles * S::matrix_rows;
+    const T *w = W() + (column_ + p) * args_.ldw, *x = arranged(m);
+    const int64_t n = std::min(rows, columns_ - p), steps = (args_.Q + depth - 1) / depth;
+    const int64_t whole = n == rows ? args_.Q / depth : 0;
+    clear_sums<w_tiles, x_tiles>(tiles);
     for (int64_t s = 0; s < steps; ++s, w += depth, x += 2 * S::matrix_rows * depth) {
       if (s < whole) {
-        step_in_place<row_tiles>(tiles, w, args_.ldw * sizeof(T), x);
+        step_in_place<w_tiles, x_tiles>(tiles, w, args_.ldw * sizeof(T), x, nullptr);
         continue;
       }
-      alignas(64) T rest[2 * S::matrix_rows * depth] = {};
+      alignas(64) T rest[rows * depth] = {};
       for (int64_t i = 0; i < n; ++i)
         std::memcpy(rest + i * depth, w + i * args_.ldw, std::min(depth, args_.Q - s * depth) * sizeof(T));
-      step_in_place<row_tiles>(tiles, rest, depth * sizeof(T), x);
+      step_in_place<w_tiles, x_tiles>(tiles, rest, depth * sizeof(T), x, nullptr);
     }
-    store_sums<row_tiles>(tiles, sums);
+    store_sums<w_tiles, x_tiles>(tiles, sums);
   }
 
   // The same of a 4-bit W, whose codes stand for values rounded to bf16; a block's scale multiplies the sum of its
   // products. The values of up to 64 codes of each row are looked up while those before are multiplied.
-  template <int row_tiles, class Tiles>
-  void multiply_codes_in_place(Tiles& tiles, int64_t p, const T* x, float (*sums)[16 * 16]) {
-    constexpr int64_t rows = 2 * S::matrix_rows, depth = S::matrix_depth;
+  template <int w_tiles, int x_tiles, class Tiles>
+  void multiply_codes_in_place(Tiles& tiles, int64_t p, int64_t m, float (*sums)[16 * 16]) {
+    constexpr int64_t rows = w_tiles * S::matrix_rows, depth = S::matrix_depth;
     const FourBitMatrix& W = *args_.fourbit;
     const AbsmaxReader absmax(W);
     const auto codebook = S::bf16_codebook(fourbit::codebook_of(W.type));
@@ -326,20 +359,21 @@ class LinearStrip {
       const auto of = products[run / runs_at_once % 2];
       for (int64_t i = 0; i < rows; ++i) {
         const typename S::F scale = S::set1(scales[i * runs + run]);
-        for (int k = 0; k < row_tiles; ++k) {
-          float* sum = sums[i / 16 * 2 + k] + i % 16 * 16;
-          S::store(sum, S::fma(S::load(of[i / 16 * 2 + k] + i % 16 * 16), scale, S::load(sum)));
+        for (int k = 0; k < x_tiles; ++k) {
+          const int64_t tile = sums_of<w_tiles>(i / 16, k), row = i % 16 * 16;
+          S::store(sums[tile] + row, S::fma(S::load(of[tile] + row), scale, S::load(sums[tile] + row)));
         }
       }
     };
+    const T *x = arranged(m), *next_x = arranged(m + rows_in_tiles);
     look_up(0);
     for (int64_t run = 0; run < runs; run += runs_at_once) {
       if (run + runs_at_once < runs) look_up(run + runs_at_once);
-      clear_sums<row_tiles>(tiles);
-      for (int64_t r = 0; r < runs_at_once; ++r, x += rows * depth)
-        step_in_place<row_tiles>(tiles, values[run / runs_at_once % 2][r], depth * sizeof(T), x);
+      clear_sums<w_tiles, x_tiles>(tiles);
+      for (int64_t r = 0; r < runs_at_once; ++r, x += 2 * S::matrix_rows * depth, next_x += 2 * S::matrix_rows * depth)
+        step_in_place<w_tiles, x_tiles>(tiles, values[run / runs_at_once % 2][r], depth * sizeof(T), x, next_x);
       if (run > 0) add_products(run - runs_at_once);
-      store_sums<row_tiles>(tiles, products[run / runs_at_once % 2]);
+      store_sums<w_tiles, x_tiles>(tiles, products[run / runs_at_once % 2]);
     }
     add_products(runs - runs_at_once);
   }
