@@ -11,13 +11,11 @@ struct Amx : Avx512Bf16 {
   static constexpr bool has_matrix_tiles = true;
   static constexpr int64_t matrix_rows = 16, matrix_columns = 16, matrix_depth = 32;
 
-  // 32 codes at p, looked up in values that are rounded to bf16.
-  PEFTFAST_INLINE static Pairs bf16_codebook(const float* values) {
-    alignas(64) bf16 twice[32];  // the index has five bits, of which the first is of another code
-    for (int i = 0; i < 32; ++i) twice[i] = from_float<bf16>(values[i % 16]);
-    return load_pairs(twice);
-  }
-  PEFTFAST_INLINE static Pairs decode_32(Pairs values, const uint8_t* p) {
+  // The values that codes stand for, rounded as by round_pairs(), twice: an index has five bits, of which the first is
+  // of another code.
+  PEFTFAST_INLINE static Pairs codebook_of_one(F values) { return codebook_of_two(values, values); }
+  // 32 codes at p.
+  PEFTFAST_INLINE static Pairs decode_one(Pairs values, const uint8_t* p) {
     // Each byte to both halves of a word of 32 bits, the first half shifted to its code.
     const __m512i bytes = _mm512_shuffle_epi8(
         _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),

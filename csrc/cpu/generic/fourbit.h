@@ -43,13 +43,18 @@ class AbsmaxReader {
       const int64_t run = first / 32 + i, block = run >> shift, skipped = run - (block << shift);
       const int64_t n = std::min(count - i, int64_t{64} << shift);
       read(block, ((skipped + n - 1) >> shift) + 1, scales);
-      for (int64_t k = 0; k < n; ++k) out[i + k] = scales[(skipped + k) >> shift];
+      if (shift == 1 && skipped == 0) {  // the usual, for which a compiler has vectors
+        for (int64_t k = 0; k < n / 2; ++k) out[i + 2 * k] = out[i + 2 * k + 1] = scales[k];
+        if (n % 2) out[i + n - 1] = scales[n / 2];
+      } else {
+        for (int64_t k = 0; k < n; ++k) out[i + k] = scales[(skipped + k) >> shift];
+      }
       i += n;
     }
   }
 
- private:
-  // Locals, not members, in the loop: a store to `out` might change a member, as far as the compiler can tell.
+  // The scales of `count` blocks. Locals, not members, in the loop: a store to `out` might change a member, as far as
+  // the compiler can tell.
   void read(int64_t first, int64_t count, float* out) const {
     if (W_.nested_blocksize == 0) {
       std::copy_n(W_.absmax + first, count, out);
@@ -68,6 +73,7 @@ class AbsmaxReader {
     }
   }
 
+ private:
   const FourBitMatrix& W_;
   const int shift_, nested_shift_;
 };
@@ -92,6 +98,32 @@ void decode_run(const FourBitMatrix& W, const AbsmaxReader& absmax, int64_t firs
         S::store(out + e - first, S::mul(S::decode(codebook, S::consecutive_codes(W.packed + e / 2)), scales));
     }
     while (e < end) one();
+  }
+}
+
+// `rows` rows of `count` elements, `ld` of W apart, the first from element `first` on, in bf16: all rows' first 32,
+// then their next. Rows and blocks are cut into whole runs of 32, for each of which there is a scale: scale and
+// rounding are for the 16 values of a run, not for its elements. What lies `ahead` elements further on is asked for.
+template <class S>
+void decode_runs(const FourBitMatrix& W, int64_t first, int64_t ld, int64_t rows, int64_t count, const float* scales,
+                 int64_t ahead, bf16* out) {
+  const auto values = S::codebook(fourbit::codebook_of(W.type));
+  const int64_t runs = count / 32;
+  for (int64_t i = 0; i < rows; ++i, first += ld, scales += ld / 32, out += 32) {
+    const uint8_t* packed = W.packed + first / 2;
+    prefetch_row(hidden(packed) + ahead / 2, count / 2);
+    const auto codebook = [&](int64_t r) { return S::codebook_of_one(S::mul(values, S::set1(scales[r]))); };
+    const auto decode = [&](const typename S::Pairs& codebook, int64_t r) {
+      S::store_pairs(out + r * rows * 32, S::decode_one(codebook, packed + r * 16));
+    };
+    int64_t r = 0;
+    for (; r + 2 <= runs; r += 2) {
+      auto of_both = codebook(r);
+      decode(of_both, r);
+      if (scales[r + 1] != scales[r]) of_both = codebook(r + 1);
+      decode(of_both, r + 1);
+    }
+    if (r < runs) decode(codebook(r), r);
   }
 }
 
@@ -196,26 +228,33 @@ void pack_fourbit_runs(const FourBitMatrix& W, int64_t P, int64_t column, int64_
   constexpr int64_t NR = Mode::columns, run = 32;
   const AbsmaxReader absmax(W);
   const auto values = S::codebook(fourbit::codebook_of(W.type));
-  const int64_t runs = columns / run;
   thread_local Scratch scratch;
-  float* scales = scratch.floats(2 * runs);
+  float* scales[2] = {scratch.floats(2 * (columns / run + 1)), nullptr};  // of the blocks in two rows
+  scales[1] = scales[0] + columns / run + 1;
   for (int64_t r = 0; r < Q; r += 2) {
     const bool odd = r + 1 == Q;  // a last row alone is paired with zeros
-    const uint8_t* first = W.packed + ((q + r) * P + column) / 2;
-    const uint8_t* second = odd ? first : first + P / 2;
-    absmax.each_32((q + r) * P + column, runs, scales);
-    if (odd)
-      std::fill_n(scales + runs, runs, 0.0f);
-    else
-      absmax.each_32((q + r + 1) * P + column, runs, scales + runs);
-    for (int64_t i = 0; i < 2; ++i)
+    int64_t first[2], first_block[2];
+    for (int64_t i = 0; i < 2; ++i) {
+      first[i] = (q + r + (odd ? 0 : i)) * P + column, first_block[i] = absmax.block_of(first[i]);
+      const int64_t blocks = absmax.block_of(first[i] + columns - 1) + 1 - first_block[i];
+      if (odd && i == 1)
+        std::fill_n(scales[i], blocks, 0.0f);
+      else
+        absmax.read(first_block[i], blocks, scales[i]);
       prefetch_row(W.packed + ((q + std::min(r + i + rows_ahead, Q - 1)) * P + column) / 2, columns / 2);
-    for (int64_t i = 0; i < runs; ++i) {
-      const auto codebook =
-          S::codebook_of_two(S::mul(values, S::set1(scales[i])), S::mul(values, S::set1(scales[runs + i])));
+    }
+    int64_t block[2] = {-1, -1};
+    typename S::Pairs codebook{};
+    for (int64_t p = 0; p < columns; p += run) {
+      const int64_t blocks[2] = {absmax.block_of(first[0] + p), absmax.block_of(first[1] + p)};
+      if (blocks[0] != block[0] || blocks[1] != block[1]) {
+        const auto scaled = [&](int i) { return S::mul(values, S::set1(scales[i][blocks[i] - first_block[i]])); };
+        codebook = S::codebook_of_two(scaled(0), scaled(1));
+        block[0] = blocks[0], block[1] = blocks[1];
+      }
       typename S::Pairs pairs[2];
-      S::decode_two(codebook, first + i * (run / 2), second + i * (run / 2), pairs);
-      uint32_t* out = panel + i * run / NR * subpanel_size + r / 2 * NR + i * run % NR;
+      S::decode_two(codebook, W.packed + (first[0] + p) / 2, W.packed + (first[1] + p) / 2, pairs);
+      uint32_t* out = panel + p / NR * subpanel_size + r / 2 * NR + p % NR;
       S::store_pairs(out, pairs[0]), S::store_pairs(out + S::width, pairs[1]);
     }
     for (int64_t p = columns; p % NR != 0; p += S::width)

@@ -39,18 +39,18 @@ bool down_columns(const LinearArgs& args) {
 }
 
 // Up to so many rows, X transposed and a strip of W share L2, and loading W costs less than packing it. With fewer than
-// three of a 4-bit W, its codes are better looked up in registers.
-constexpr int64_t most_rows_in_place = 112, fewest_rows_in_place_fourbit = 3, most_rows_in_place_fourbit = 64;
+// three of a 4-bit W, its codes are better decoded in registers.
+constexpr int64_t most_rows_in_place = 112, fewest_rows_in_place_fourbit = 3;
 
 template <class S>
 MatrixTiles matrix_tiles(const LinearArgs& args) {
-  if (!S::has_matrix_tiles || down_columns<S, bf16>(args)) return MatrixTiles::none;
-  bool in_place = args.reduction_contiguous && args.M <= most_rows_in_place;
-  if (args.fourbit)
-    in_place = args.reduction_contiguous && args.M >= fewest_rows_in_place_fourbit &&
-               args.M <= most_rows_in_place_fourbit && args.bf16_codes && args.Q > longest_short_sum &&
-               args.Q % args.fourbit->blocksize == 0;
-  return in_place ? MatrixTiles::in_place : MatrixTiles::packed;
+  if constexpr (S::has_matrix_tiles) {
+    if (down_columns<S, bf16>(args)) return MatrixTiles::none;
+    bool in_place = args.reduction_contiguous && args.M <= most_rows_in_place;
+    if (args.fourbit) in_place &= args.M >= fewest_rows_in_place_fourbit && args.Q % S::matrix_depth == 0;
+    return in_place ? MatrixTiles::in_place : MatrixTiles::packed;
+  }
+  return MatrixTiles::none;
 }
 
 template <class S, class T>
@@ -130,6 +130,7 @@ class LinearStrip {
   using Panel = typename Mode::Panel;
   using LowRank = Widened<S, float, float>;
   static constexpr int64_t NR = tile_columns<S>;
+  static constexpr int64_t block_of_codes = 256;  // of the reduction, of a 4-bit W in place
   static constexpr int64_t block_of_tiles = 512;  // of the reduction, of a strip that is no wider than others
 
   const T* X() const { return static_cast<const T*>(args_.X); }
@@ -224,49 +225,102 @@ class LinearStrip {
     }
   }
 
-  // Y^T = W X^T + ..., with W as the left operand where it lies: its tiles are rows of 64 bytes already. Four tiles of
-  // sums are two of W by two of X, or, where each code of W is looked up for all of them, one by four.
+  // Y^T = W X^T + ..., with W as the left operand where it lies: its tiles are rows of 64 bytes already. A 4-bit W is
+  // decoded to such rows, a block that stays in L1 until all rows of X have met it. Four tiles of sums are two of W by
+  // two of X, or, where each code is decoded for more rows than that, one by four.
   void products_in_place(int64_t row_begin, int64_t row_end) {
-    const bool once = args_.fourbit != nullptr && row_end - row_begin > rows_in_tiles;
-    constexpr int64_t tile = S::matrix_rows;
-    const int64_t w_rows = once ? tile : 2 * tile, x_rows = once ? 4 * tile : 2 * tile;
+    constexpr int64_t tile = S::matrix_rows, depth = S::matrix_depth;
+    const bool tall = args_.fourbit != nullptr && row_end - row_begin > rows_in_tiles;
+    const int64_t w_rows = tall ? tile : 2 * tile, x_rows = tall ? 4 * tile : 2 * tile;
+    const int64_t groups = (row_end - row_begin + x_rows - 1) / x_rows, padded = (args_.Q + depth - 1) / depth * depth;
+    const int64_t block = args_.fourbit ? block_of_codes : padded, runs = padded / depth;
+    thread_local Scratch scratch;
+    float* sums = scratch.floats(width_ / w_rows * groups * 4 * tile * tile + (args_.fourbit ? columns_ * runs : 0));
+    float* scales = sums + width_ / w_rows * groups * 4 * tile * tile;
+    if (args_.fourbit) AbsmaxReader(*args_.fourbit).each_32(first_code(), columns_ * runs, scales);
     typename S::Tiles tiles;
-    for (int64_t p = 0; p < columns_; p += w_rows)
-      for (int64_t m = row_begin; m < row_end; m += x_rows) {
-        alignas(64) float sums[4][tile * tile] = {};
-        const int64_t x_tiles = std::min(x_rows, row_end - m + tile - 1) / tile;
-        if (once)
-          x_tiles > 3   ? multiply_codes_in_place<1, 4>(tiles, p, m, sums)
-          : x_tiles > 2 ? multiply_codes_in_place<1, 3>(tiles, p, m, sums)
-                        : multiply_codes_in_place<1, 2>(tiles, p, m, sums);
-        else if (args_.fourbit)
-          x_tiles > 1 ? multiply_codes_in_place<2, 2>(tiles, p, m, sums)
-                      : multiply_codes_in_place<2, 1>(tiles, p, m, sums);
-        else
-          x_tiles > 1 ? multiply_in_place<2, 2>(tiles, p, m, sums) : multiply_in_place<2, 1>(tiles, p, m, sums);
-        for (int64_t i = 0; i < 4; ++i)
-          once ? add_transposed(sums[i], m + i * tile, row_end, p)
-               : add_transposed(sums[i], m + i % 2 * tile, row_end, p + i / 2 * tile);
+    alignas(64) T decoded[2 * tile * block_of_codes];
+    for (int64_t q = 0; q < padded; q += block)
+      for (int64_t p = 0; p < columns_; p += w_rows) {
+        Rows rows{W() + (column_ + p) * args_.ldw + q, args_.ldw, depth, std::min(w_rows, columns_ - p),
+                  std::min(block, args_.Q - q)};
+        if (args_.fourbit) {
+          // These are pieces of rows, too short for the hardware to fetch ahead.
+          const int64_t ahead = p + w_rows < columns_ ? w_rows * args_.Q : block - p * args_.Q;
+          decode_runs<S>(*args_.fourbit, first_code() + p * args_.Q + q, args_.Q, rows.count, rows.elements,
+                         scales + p * runs + q / depth, ahead, decoded);
+          rows = {decoded, depth, rows.count * depth, w_rows, rows.elements};
+        }
+        for (int64_t g = 0; g < groups; ++g) {
+          const int64_t m = row_begin + g * x_rows, x_tiles = std::min(x_rows, row_end - m + tile - 1) / tile;
+          const T* x = X() + m * padded + q * rows_in_tiles;
+          float* sum = sums + (p / w_rows * groups + g) * 4 * tile * tile;
+          if (tall)
+            x_tiles > 3   ? multiply_rows<1, 4>(tiles, rows, x, padded, q == 0, sum)
+            : x_tiles > 2 ? multiply_rows<1, 3>(tiles, rows, x, padded, q == 0, sum)
+                          : multiply_rows<1, 2>(tiles, rows, x, padded, q == 0, sum);
+          else
+            x_tiles > 1 ? multiply_rows<2, 2>(tiles, rows, x, padded, q == 0, sum)
+                        : multiply_rows<2, 1>(tiles, rows, x, padded, q == 0, sum);
+        }
       }
+    for (int64_t p = 0; p < columns_ && padded > 0; p += w_rows)
+      for (int64_t g = 0; g < groups; ++g)
+        for (int64_t i = 0; i < 4; ++i, sums += tile * tile) {
+          const int64_t m = row_begin + g * x_rows + (tall ? i : i % 2) * tile;
+          if (m < row_end) add_transposed(sums, m, row_end, p + (tall ? 0 : i / 2 * tile));
+        }
   }
 
-  // The tile of sums of a tile of W and one of X.
-  template <int w_tiles>
-  static constexpr int sums_of(int w, int x) {
-    return w_tiles == 2 ? 2 * w + x : x;
+  int64_t first_code() const { return (args_.fourbit_row + column_) * args_.Q; }
+
+  // Rows of W, or of a block of it: `ldw` apart, their next 32 elements `step` further on.
+  struct Rows {
+    const T* w;
+    int64_t ldw, step, count, elements;
+  };
+
+  // f(integral_constant) for each tile of sums: 2 w + x for two tiles of W, x for one.
+  template <int w_tiles, int x_tiles, class F>
+  PEFTFAST_INLINE static void each_sum(F f) {
+    f(std::integral_constant<int, 0>{});
+    if constexpr (x_tiles > 1) f(std::integral_constant<int, 1>{});
+    if constexpr (w_tiles == 2 || x_tiles > 2) f(std::integral_constant<int, 2>{});
+    if constexpr (w_tiles * x_tiles == 4) f(std::integral_constant<int, 3>{});
   }
 
-  // Row m of X, the first of its group, as it is arranged.
-  const T* arranged(int64_t m) const {
-    return X() + m * ((args_.Q + S::matrix_depth - 1) / S::matrix_depth * S::matrix_depth);
-  }
-
-  // One step of the reduction: rows of W, `row_bytes` apart, and X's tiles, the third and fourth of which are in the
-  // next group of rows.
+  // Tiles of sums, one after another, += rows of W by rows of X, whose third and fourth tile are in the next group of
+  // rows. The first product starts from nothing.
   template <int w_tiles, int x_tiles, class Tiles>
-  PEFTFAST_INLINE void step_in_place(Tiles& tiles, const T* w, int64_t row_bytes, const T* x, const T* next_x) {
+  void multiply_rows(Tiles& tiles, const Rows& rows, const T* x, int64_t ldx, bool first, float* sums) {
+    constexpr int64_t depth = S::matrix_depth, tile = S::matrix_rows, at_once = w_tiles * tile;
+    each_sum<w_tiles, x_tiles>([&](auto i) {
+      if (first)
+        tiles.template clear<i.value>();
+      else
+        tiles.template load<i.value>(sums + i.value * tile * tile, 4 * tile);
+    });
+    const int64_t steps = (rows.elements + depth - 1) / depth,
+                  whole = rows.count == at_once ? rows.elements / depth : 0;
+    const T *w = rows.w, *next_x = x + rows_in_tiles * ldx;
+    for (int64_t s = 0; s < steps; ++s, w += rows.step, x += 2 * tile * depth, next_x += 2 * tile * depth) {
+      if (s < whole) {
+        step<w_tiles, x_tiles>(tiles, w, rows.ldw, x, next_x);
+        continue;
+      }
+      alignas(64) T rest[at_once * depth] = {};
+      for (int64_t i = 0; i < rows.count; ++i)
+        std::memcpy(rest + i * depth, w + i * rows.ldw, std::min(depth, rows.elements - s * depth) * sizeof(T));
+      step<w_tiles, x_tiles>(tiles, rest, depth, x, next_x);
+    }
+    each_sum<w_tiles, x_tiles>([&](auto i) { tiles.template store<i.value>(sums + i.value * tile * tile, 4 * tile); });
+  }
+
+  // One step of the reduction.
+  template <int w_tiles, int x_tiles, class Tiles>
+  PEFTFAST_INLINE void step(Tiles& tiles, const T* w, int64_t ldw, const T* x, const T* next_x) {
     constexpr int64_t rows = S::matrix_rows, tile = rows * S::matrix_depth;
-    tiles.template load<4>(w, row_bytes);
+    tiles.template load<4>(w, ldw * sizeof(T));
     tiles.template load<6>(x, 4 * rows);
     tiles.template dot<0, 4, 6>();
     if constexpr (x_tiles > 1) {
@@ -274,7 +328,7 @@ class LinearStrip {
       tiles.template dot<1, 4, 7>();
     }
     if constexpr (w_tiles == 2) {
-      tiles.template load<5>(w + rows * row_bytes / sizeof(T), row_bytes);
+      tiles.template load<5>(w + rows * ldw, ldw * sizeof(T));
       tiles.template dot<2, 5, 6>();
       if constexpr (x_tiles > 1) tiles.template dot<3, 5, 7>();
     }
@@ -286,96 +340,6 @@ class LinearStrip {
       tiles.template load<7>(next_x + tile, 4 * rows);
       tiles.template dot<3, 4, 7>();
     }
-  }
-
-  // f(integral_constant) for each tile of sums.
-  template <int w_tiles, int x_tiles, class F>
-  PEFTFAST_INLINE static void each_sum(F f) {
-    f(std::integral_constant<int, 0>{});
-    if constexpr (x_tiles > 1) f(std::integral_constant<int, 1>{});
-    if constexpr (w_tiles == 2 || x_tiles > 2) f(std::integral_constant<int, 2>{});
-    if constexpr (w_tiles * x_tiles == 4) f(std::integral_constant<int, 3>{});
-  }
-  template <int w_tiles, int x_tiles, class Tiles>
-  PEFTFAST_INLINE void clear_sums(Tiles& tiles) {
-    each_sum<w_tiles, x_tiles>([&](auto i) { tiles.template clear<i.value>(); });
-  }
-  template <int w_tiles, int x_tiles, class Tiles>
-  PEFTFAST_INLINE void store_sums(Tiles& tiles, float (*sums)[16 * 16]) {
-    each_sum<w_tiles, x_tiles>([&](auto i) { tiles.template store<i.value>(sums[i.value], 64); });
-  }
-
-  template <int w_tiles, int x_tiles, class Tiles>
-  void multiply_in_place(Tiles& tiles, int64_t p, int64_t m, float (*sums)[16 * 16]) {
-    constexpr int64_t depth = S::matrix_depth, rows = w_tiles * S::matrix_rows;
-    const T *w = W() + (column_ + p) * args_.ldw, *x = arranged(m);
-    const int64_t n = std::min(rows, columns_ - p), steps = (args_.Q + depth - 1) / depth;
-    const int64_t whole = n == rows ? args_.Q / depth : 0;
-    clear_sums<w_tiles, x_tiles>(tiles);
-    for (int64_t s = 0; s < steps; ++s, w += depth, x += 2 * S::matrix_rows * depth) {
-      if (s < whole) {
-        step_in_place<w_tiles, x_tiles>(tiles, w, args_.ldw * sizeof(T), x, nullptr);
-        continue;
-      }
-      alignas(64) T rest[rows * depth] = {};
-      for (int64_t i = 0; i < n; ++i)
-        std::memcpy(rest + i * depth, w + i * args_.ldw, std::min(depth, args_.Q - s * depth) * sizeof(T));
-      step_in_place<w_tiles, x_tiles>(tiles, rest, depth * sizeof(T), x, nullptr);
-    }
-    store_sums<w_tiles, x_tiles>(tiles, sums);
-  }
-
-  // The same of a 4-bit W, whose codes stand for values rounded to bf16; a block's scale multiplies the sum of its
-  // products. The values of up to 64 codes of each row are looked up while those before are multiplied.
-  template <int w_tiles, int x_tiles, class Tiles>
-  void multiply_codes_in_place(Tiles& tiles, int64_t p, int64_t m, float (*sums)[16 * 16]) {
-    constexpr int64_t rows = w_tiles * S::matrix_rows, depth = S::matrix_depth;
-    const FourBitMatrix& W = *args_.fourbit;
-    const AbsmaxReader absmax(W);
-    const auto codebook = S::bf16_codebook(fourbit::codebook_of(W.type));
-    const int64_t first = args_.fourbit_row + column_ + p, last = args_.fourbit_row + column_ + columns_ - 1;
-    const int64_t runs = args_.Q / depth, runs_at_once = std::min<int64_t>(W.blocksize, 64) / depth;
-    thread_local Scratch scratch;
-    float* scales = scratch.floats(rows * runs);
-    for (int64_t i = 0; i < rows; ++i) absmax.each_32(std::min(first + i, last) * args_.Q, runs, scales + i * runs);
-    alignas(64) T values[2][2][rows * depth];
-    const int64_t row_bytes = args_.Q / 2;
-    const auto look_up = [&](int64_t run) __attribute__((always_inline)) {
-      T* out = values[run / runs_at_once % 2][0];
-      // So many rows at a time are more than the hardware fetches ahead of their own; after their ends come the next.
-      constexpr int64_t bytes_ahead = 512;
-      int64_t ahead = run * depth / 2 + bytes_ahead;
-      if (ahead >= row_bytes) ahead += (rows - 1) * row_bytes;
-      for (int64_t i = 0; i < rows; ++i) {
-        const uint8_t* row = W.packed + std::min(first + i, last) * row_bytes;
-        __builtin_prefetch(hidden(row) + ahead);
-        for (int64_t r = 0; r < runs_at_once; ++r)
-          S::store_pairs(out + (r * rows + i) * depth, S::decode_32(codebook, row + (run + r) * depth / 2));
-      }
-    };
-    // A tile that was just stored is not there to be read yet: its products are added one turn later.
-    alignas(64) float products[2][4][16 * 16];
-    const auto add_products = [&](int64_t run) __attribute__((always_inline)) {
-      const auto of = products[run / runs_at_once % 2];
-      for (int64_t i = 0; i < rows; ++i) {
-        const typename S::F scale = S::set1(scales[i * runs + run]);
-        for (int k = 0; k < x_tiles; ++k) {
-          const int64_t tile = sums_of<w_tiles>(i / 16, k), row = i % 16 * 16;
-          S::store(sums[tile] + row, S::fma(S::load(of[tile] + row), scale, S::load(sums[tile] + row)));
-        }
-      }
-    };
-    const T *x = arranged(m), *next_x = arranged(m + rows_in_tiles);
-    look_up(0);
-    for (int64_t run = 0; run < runs; run += runs_at_once) {
-      if (run + runs_at_once < runs) look_up(run + runs_at_once);
-      clear_sums<w_tiles, x_tiles>(tiles);
-      for (int64_t r = 0; r < runs_at_once; ++r, x += 2 * S::matrix_rows * depth, next_x += 2 * S::matrix_rows * depth)
-        step_in_place<w_tiles, x_tiles>(tiles, values[run / runs_at_once % 2][r], depth * sizeof(T), x, next_x);
-      if (run > 0) add_products(run - runs_at_once);
-      store_sums<w_tiles, x_tiles>(tiles, products[run / runs_at_once % 2]);
-    }
-    add_products(runs - runs_at_once);
   }
 
   // Adds sums [columns, rows], a tile, to what is parked of rows from m on and columns from p on.
