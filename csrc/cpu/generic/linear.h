@@ -38,17 +38,18 @@ bool down_columns(const LinearArgs& args) {
   return args.M <= most && !args.reduction_contiguous && !args.fourbit && args.P % panel_columns == 0;
 }
 
-// Up to so many rows, X transposed and a strip of W share L2, and loading W costs less than packing it. With fewer than
-// three of a 4-bit W, its codes are better decoded in registers.
+// Up to so many rows, X transposed and a strip of a dense W share L2, and loading W costs less than packing it. A 4-bit
+// W is decoded in either case, and costs less as the left operand: nothing of it is transposed. For fewer than three
+// rows its codes are better decoded in registers.
 constexpr int64_t most_rows_in_place = 112, fewest_rows_in_place_fourbit = 3;
 
 template <class S>
 MatrixTiles matrix_tiles(const LinearArgs& args) {
   if constexpr (S::has_matrix_tiles) {
     if (down_columns<S, bf16>(args)) return MatrixTiles::none;
-    bool in_place = args.reduction_contiguous && args.M <= most_rows_in_place;
-    if (args.fourbit) in_place &= args.M >= fewest_rows_in_place_fourbit && args.Q % S::matrix_depth == 0;
-    return in_place ? MatrixTiles::in_place : MatrixTiles::packed;
+    const bool in_place = args.fourbit ? args.M >= fewest_rows_in_place_fourbit && args.Q % S::matrix_depth == 0
+                                       : args.M <= most_rows_in_place;
+    return in_place && args.reduction_contiguous ? MatrixTiles::in_place : MatrixTiles::packed;
   }
   return MatrixTiles::none;
 }
@@ -105,7 +106,8 @@ class LinearStrip {
       else if (straight)
         straight_products(row_begin, row_end, workspace);
       else if constexpr (in_matrix_tiles<S, T>)
-        products_in_place(row_begin, row_end);
+        for (int64_t m = row_begin; m < row_end; m += rows_in_place)
+          products_in_place(m, std::min(m + rows_in_place, row_end));
       for (int64_t m = row_begin; m < row_end; ++m) store_row(m);
       return;
     }
@@ -130,7 +132,7 @@ class LinearStrip {
   using Panel = typename Mode::Panel;
   using LowRank = Widened<S, float, float>;
   static constexpr int64_t NR = tile_columns<S>;
-  static constexpr int64_t block_of_codes = 256;  // of the reduction, of a 4-bit W in place
+  static constexpr int64_t block_of_codes = 512, rows_in_place = 512;  // of a 4-bit W, of X that meet them
   static constexpr int64_t block_of_tiles = 512;  // of the reduction, of a strip that is no wider than others
 
   const T* X() const { return static_cast<const T*>(args_.X); }
@@ -226,8 +228,8 @@ class LinearStrip {
   }
 
   // Y^T = W X^T + ..., with W as the left operand where it lies: its tiles are rows of 64 bytes already. A 4-bit W is
-  // decoded to such rows, a block that stays in L1 until all rows of X have met it. Four tiles of sums are two of W by
-  // two of X, or, where each code is decoded for more rows than that, one by four.
+  // decoded to such rows, a block that stays in the caches until all rows of X have met it. Four tiles of sums are two
+  // of W by two of X, or, where each code is decoded for more rows than that, one by four.
   void products_in_place(int64_t row_begin, int64_t row_end) {
     constexpr int64_t tile = S::matrix_rows, depth = S::matrix_depth;
     const bool tall = args_.fourbit != nullptr && row_end - row_begin > rows_in_tiles;
