@@ -38,18 +38,17 @@ bool down_columns(const LinearArgs& args) {
   return args.M <= most && !args.reduction_contiguous && !args.fourbit && args.P % panel_columns == 0;
 }
 
-// Up to so many rows, X transposed and a strip of a dense W share L2, and loading W costs less than packing it. A 4-bit
-// W is decoded in either case, and costs less as the left operand: nothing of it is transposed. For fewer than three
-// rows its codes are better decoded in registers.
-constexpr int64_t most_rows_in_place = 112, fewest_rows_in_place_fourbit = 3;
+// Up to so many rows, X and a strip of a dense W share L2, and W is worth no copy. For fewer than three rows the codes
+// of a 4-bit W are better decoded in registers.
+constexpr int64_t most_rows_from_memory = 112, fewest_rows_in_place_fourbit = 3;
 
 template <class S>
 MatrixTiles matrix_tiles(const LinearArgs& args) {
   if constexpr (S::has_matrix_tiles) {
     if (down_columns<S, bf16>(args)) return MatrixTiles::none;
-    const bool in_place = args.fourbit ? args.M >= fewest_rows_in_place_fourbit && args.Q % S::matrix_depth == 0
-                                       : args.M <= most_rows_in_place;
-    return in_place && args.reduction_contiguous ? MatrixTiles::in_place : MatrixTiles::packed;
+    bool in_place = args.reduction_contiguous;
+    if (args.fourbit) in_place &= args.M >= fewest_rows_in_place_fourbit && args.Q % S::matrix_depth == 0;
+    return in_place ? MatrixTiles::in_place : MatrixTiles::packed;
   }
   return MatrixTiles::none;
 }
@@ -132,7 +131,7 @@ class LinearStrip {
   using Panel = typename Mode::Panel;
   using LowRank = Widened<S, float, float>;
   static constexpr int64_t NR = tile_columns<S>;
-  static constexpr int64_t block_of_codes = 512, rows_in_place = 512;  // of a 4-bit W, of X that meet them
+  static constexpr int64_t block_in_place = 512, rows_in_place = 512;  // of the reduction, of X
   static constexpr int64_t block_of_tiles = 512;  // of the reduction, of a strip that is no wider than others
 
   const T* X() const { return static_cast<const T*>(args_.X); }
@@ -232,27 +231,31 @@ class LinearStrip {
   // of W by two of X, or, where each code is decoded for more rows than that, one by four.
   void products_in_place(int64_t row_begin, int64_t row_end) {
     constexpr int64_t tile = S::matrix_rows, depth = S::matrix_depth;
-    const bool tall = args_.fourbit != nullptr && row_end - row_begin > rows_in_tiles;
+    const bool copied = !args_.fourbit && args_.M > most_rows_from_memory;
+    const bool tall = copied || (args_.fourbit && row_end - row_begin > rows_in_tiles);
     const int64_t w_rows = tall ? tile : 2 * tile, x_rows = tall ? 4 * tile : 2 * tile;
     const int64_t groups = (row_end - row_begin + x_rows - 1) / x_rows, padded = (args_.Q + depth - 1) / depth * depth;
-    const int64_t block = args_.fourbit ? block_of_codes : padded, runs = padded / depth;
+    const int64_t block = args_.fourbit || copied ? block_in_place : padded, runs = padded / depth;
     thread_local Scratch scratch;
     float* sums = scratch.floats(width_ / w_rows * groups * 4 * tile * tile + (args_.fourbit ? columns_ * runs : 0));
     float* scales = sums + width_ / w_rows * groups * 4 * tile * tile;
     if (args_.fourbit) AbsmaxReader(*args_.fourbit).each_32(first_code(), columns_ * runs, scales);
     typename S::Tiles tiles;
-    alignas(64) T decoded[2 * tile * block_of_codes];
+    alignas(64) T near[2 * tile * block_in_place];
     for (int64_t q = 0; q < padded; q += block)
       for (int64_t p = 0; p < columns_; p += w_rows) {
         Rows rows{W() + (column_ + p) * args_.ldw + q, args_.ldw, depth, std::min(w_rows, columns_ - p),
                   std::min(block, args_.Q - q)};
-        if (args_.fourbit) {
-          // These are pieces of rows, too short for the hardware to fetch ahead.
-          const int64_t ahead = p + w_rows < columns_ ? w_rows * args_.Q : block - p * args_.Q;
+        // These are pieces of rows, too short for the hardware to fetch ahead.
+        const int64_t ld = args_.fourbit ? args_.Q : args_.ldw;
+        const int64_t ahead = p + w_rows < columns_ ? w_rows * ld : block - p * ld;
+        if (args_.fourbit)
           decode_runs<S>(*args_.fourbit, first_code() + p * args_.Q + q, args_.Q, rows.count, rows.elements,
-                         scales + p * runs + q / depth, ahead, decoded);
-          rows = {decoded, depth, rows.count * depth, w_rows, rows.elements};
-        }
+                         scales + p * runs + q / depth, ahead, near);
+        else if (copied)
+          copy_runs(rows, ahead, near);
+        if (args_.fourbit || copied)
+          rows = {near, depth, rows.count * depth, w_rows, (rows.elements + depth - 1) / depth * depth};
         for (int64_t g = 0; g < groups; ++g) {
           const int64_t m = row_begin + g * x_rows, x_tiles = std::min(x_rows, row_end - m + tile - 1) / tile;
           const T* x = X() + m * padded + q * rows_in_tiles;
@@ -281,6 +284,21 @@ class LinearStrip {
     const T* w;
     int64_t ldw, step, count, elements;
   };
+
+  // All rows' first 32 elements, then their next, with zeros beyond the last. What lies `ahead` is asked for.
+  void copy_runs(const Rows& rows, int64_t ahead, T* out) const {
+    constexpr int64_t depth = S::matrix_depth;
+    for (int64_t i = 0; i < rows.count; ++i, out += depth) {
+      const T* w = rows.w + i * rows.ldw;
+      prefetch_row(hidden(w) + ahead, rows.elements);
+      int64_t k = 0;
+      for (; k + depth <= rows.elements; k += depth) S::store_pairs(out + k * rows.count, S::load_pairs(w + k));
+      if (k == rows.elements) continue;
+      T last[depth] = {};
+      std::memcpy(last, w + k, (rows.elements - k) * sizeof(T));
+      S::store_pairs(out + k * rows.count, S::load_pairs(last));
+    }
+  }
 
   // f(integral_constant) for each tile of sums: 2 w + x for two tiles of W, x for one.
   template <int w_tiles, int x_tiles, class F>
