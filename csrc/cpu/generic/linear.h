@@ -1,6 +1,7 @@
 // Y = X W + bias + dropout(U L) + addends, a strip of columns at a time: the base product of every linear layer, with
-// what is added to it. Vector units run gemm.h's register tiles down a packed panel; matrix tiles, where there are
-// any, multiply so much faster than L2 delivers that the strip and the reduction are cut for them alone:
+// what is added to it. Vector units run gemm.h's register tiles down a packed panel. Matrix tiles, where there are any,
+// multiply so much faster than L2 delivers that loops are cut for them alone. Where the reduction runs down W's
+// columns:
 //
 //                      strip of 256 columns
 //                 ┌───────────────────────────┐
@@ -11,7 +12,13 @@
 //      └───────┘  │tiles │      │      │      │         columns go by; sums are parked in fp32 between blocks
 //                 └──────┴──────┴──────┴──────┘
 //
-// Few rows of X are not worth packing W for them: they meet it where it lies.
+// Where it runs along W's rows, nothing is packed: Y^T = W X^T, "in place", with rows of W as they lie as the left
+// operand and X, arranged as pairs, as the right one.
+//
+//        512          64 rows of X
+//      ┌───────┐  ┌──────┬──────┬──────┬──────┐
+//   16 │   W   │  │ tile │  ->  │  ->  │  ->  │         decoded or copied to L1; loaded from memory itself, 32 rows at
+//      └───────┘  └──────┴──────┴──────┴──────┘         a time, where X has few
 #pragma once
 
 #include <algorithm>
@@ -226,9 +233,8 @@ class LinearStrip {
     }
   }
 
-  // Y^T = W X^T + ..., with W as the left operand where it lies: its tiles are rows of 64 bytes already. A 4-bit W is
-  // decoded to such rows, a block that stays in the caches until all rows of X have met it. Four tiles of sums are two
-  // of W by two of X, or, where each code is decoded for more rows than that, one by four.
+  // Y^T += W X^T. Four tiles of sums are two of W by two of X or, where a block of W is brought to L1 for more rows
+  // than that, one by four.
   void products_in_place(int64_t row_begin, int64_t row_end) {
     constexpr int64_t tile = S::matrix_rows, depth = S::matrix_depth;
     const bool copied = !args_.fourbit && args_.M > most_rows_from_memory;
