@@ -381,13 +381,14 @@ SHAPES = {  # M, K, N, and how the weight is quantized; what is particular to th
     (40, 256, 66): dict(blocksize=128, quant_type="fp4", nested=False),
     (200, 257, 65): dict(blocksize=64, quant_type="fp4"),
 }
-LONG = {  # past the blocks of K and of N that a panel holds
+LONG = {  # past the blocks of M, of K and of N
     (3, 4128, 70): dict(blocksize=64),
     (12, 2272, 70): dict(blocksize=32, quant_type="fp4"),
     (13, 2304, 70): dict(blocksize=256),
     (30, 4168, 70): dict(blocksize=64, quant_type="fp4"),
     (30, 2177, 65): dict(blocksize=512, nested=False),
     (30, 72, 2177): dict(blocksize=64),
+    (530, 1120, 40): dict(blocksize=32),
 }
 EMPTY = [(0, 8, 8), (3, 0, 8), (3, 8, 0), (90, 0, 70), (90, 70, 0), (0, 0, 0)]
 

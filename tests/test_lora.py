@@ -47,6 +47,7 @@ SHAPES = [  # M, K, N, rank
 LARGE = [  # past the blocks of rows, of K and of N; the top rank
     (600, 96, 80, 32),
     (2101, 24, 65, 4),
+    (130, 1100, 40, 8),
     (30, 5000, 70, 32),
     (30, 70, 5000, 32),
     (70, 96, 80, 512),

@@ -250,16 +250,16 @@ class LinearStrip {
     alignas(64) T near[2 * tile * block_in_place];
     for (int64_t q = 0; q < padded; q += block)
       for (int64_t p = 0; p < columns_; p += w_rows) {
-        Rows rows{W() + (column_ + p) * args_.ldw + q, args_.ldw, depth, std::min(w_rows, columns_ - p),
-                  std::min(block, args_.Q - q)};
-        // These are pieces of rows, too short for the hardware to fetch ahead.
+        Rows rows{nullptr, args_.ldw, depth, std::min(w_rows, columns_ - p), std::min(block, args_.Q - q)};
+        // Pieces of rows are too short for the hardware to fetch ahead.
         const int64_t ld = args_.fourbit ? args_.Q : args_.ldw;
         const int64_t ahead = p + w_rows < columns_ ? w_rows * ld : block - p * ld;
         if (args_.fourbit)
           decode_runs<S>(*args_.fourbit, first_code() + p * args_.Q + q, args_.Q, rows.count, rows.elements,
                          scales + p * runs + q / depth, ahead, near);
-        else if (copied)
-          copy_runs(rows, ahead, near);
+        else
+          rows.w = W() + (column_ + p) * args_.ldw + q;
+        if (copied) copy_runs(rows, ahead, near);
         if (args_.fourbit || copied)
           rows = {near, depth, rows.count * depth, w_rows, (rows.elements + depth - 1) / depth * depth};
         for (int64_t g = 0; g < groups; ++g) {
@@ -326,8 +326,8 @@ class LinearStrip {
       else
         tiles.template load<i.value>(sums + i.value * tile * tile, 4 * tile);
     });
-    const int64_t steps = (rows.elements + depth - 1) / depth,
-                  whole = rows.count == at_once ? rows.elements / depth : 0;
+    const int64_t steps = (rows.elements + depth - 1) / depth;
+    const int64_t whole = rows.count == at_once ? rows.elements / depth : 0;
     const T *w = rows.w, *next_x = x + rows_in_tiles * ldx;
     for (int64_t s = 0; s < steps; ++s, w += rows.step, x += 2 * tile * depth, next_x += 2 * tile * depth) {
       if (s < whole) {
