@@ -105,6 +105,7 @@ template <class S, class T>
 void outer(const OuterArgs& args, int64_t column) {
   using Mode = Widened<S, float, float>;
   constexpr int64_t block = 256, NR = tile_columns<S>;
+  constexpr int64_t rows_in_chain = 32;  // MKL's sums on AVX2 are as exact as that
   const int64_t columns = std::min(panel_columns, args.P - column);
   thread_local Scratch scratch;
   float* panel = scratch.floats((block + args.R) * panel_columns);
@@ -139,7 +140,7 @@ void outer(const OuterArgs& args, int64_t column) {
             float* sum = sums + j * panel_columns + p;
             load_tile<S, n.value>(c, sum, panel_columns);
             multiply_add_in_chains<Mode, n.value>(c, args.V + m * args.R + j, 1, args.R, panel + p / NR * (block * NR),
-                                                  NR, rows, chain);
+                                                  NR, rows, rows_in_chain);
             store_tile<S, n.value>(c, sum, panel_columns);
           });
     }
