@@ -148,7 +148,7 @@ void linear(std::vector<LinearArgs> list, DType compute, const Threads& threads)
 
   // Rows are parted only to bound the memory of parked accumulators, or when there are too few panels to go round: each
   // part packs the panel again, which costs as much as some rows.
-  constexpr int64_t packing = 16;
+  constexpr int64_t packing = 16, few_to_multiply = 64;
   std::vector<int64_t> columns, parts, rows;
   const auto strips = [&](size_t i, int64_t wide) { return list[i].M > 0 ? (list[i].P + wide - 1) / wide : 0; };
   int64_t all_panels = 0, all_strips = 0;
@@ -156,7 +156,7 @@ void linear(std::vector<LinearArgs> list, DType compute, const Threads& threads)
   for (size_t i = 0; i < list.size(); ++i) {
     int64_t wide = list[i].along_rows ? panel_columns : table().linear_columns[static_cast<int>(forms[i].dtype)];
     // With few rows to multiply, packing is bound by reading W, whose rows lie pages apart: longer pieces of fewer.
-    if (list[i].tiles == MatrixTiles::packed && list[i].M <= 64) wide *= 2;
+    if (list[i].tiles == MatrixTiles::packed && list[i].M <= few_to_multiply) wide *= 2;
     while (wide > panel_columns && all_panels * panel_columns < 2 * threads.count * wide) wide /= 2;
     columns.push_back(wide);
     all_strips += strips(i, wide);

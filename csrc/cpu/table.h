@@ -18,8 +18,8 @@ constexpr int64_t rows_in_tiles = 32;
 // A sum of so many products or fewer over a 4-bit weight is formed of its elements, never of codes and scales apart.
 constexpr int64_t longest_short_sum = 128;
 
-// Whether a product runs in matrix tiles, and what W is there: packed, as the right operand of X, or the left operand
-// of X transposed, in place, which saves packing it for few rows.
+// Whether a product runs in matrix tiles, and what W is there: packed, as the right operand of X, or, in place, the
+// left operand of X transposed.
 enum class MatrixTiles { none, packed, in_place };
 
 // A run of ranks that share a dropout mask: one adapter, or all of them when none drops.
