@@ -19,6 +19,7 @@ from peft import (
 )
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftfast
 from peftfast.nn import Linear4bit, quantize_linears
@@ -255,7 +256,8 @@ def test_prompts_run_with_every_sample_where_they_have_to(case):
     config = copy.deepcopy(CONFIGS["llama"])
     config.attention_dropout = 0.1 if case == "dropout" else 0.0
     virtual = 1 if case == "one virtual token" else VIRTUAL
-    model = tuned(base_model(config), "prompt", virtual)
+    attention = "eager" if case == "it does not pay" else "sdpa"
+    model = tuned(base_model(config, attn_implementation=attention), "prompt", virtual)
     batch = inputs(
         samples=1 if case == "one sample" else 3,
         length=57 if case == "it does not pay" else 11,
@@ -274,6 +276,48 @@ def test_prompts_run_with_every_sample_where_they_have_to(case):
         assert [state.shape for state in ours.hidden_states] == [
             state.shape for state in theirs.hidden_states
         ]
+
+
+class Attentions(TorchDispatchMode):
+    """Notes of each attention how many queries and keys it has, and whether it goes without a mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+            names = [argument.name for argument in function._schema.arguments]
+            given = dict(zip(names, args)) | (kwargs or {})
+            masked = given.get("attn_mask") is not None
+            assert masked != given.get("is_causal", False)
+            self.seen.append((args[0].shape[-2], args[1].shape[-2], not masked))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "case", ["prefix", "prompt", "of one's own", "checkpointed", "padded", "longer than the input", "sliding"]
+)
+def test_attention_to_virtual_tokens_computes_nothing_that_is_hidden(case):
+    model = tuned(
+        base_model("mistral" if case == "sliding" else "llama"), "prompt" if case == "prompt" else "prefix"
+    )
+    batch = inputs(length=5 if case == "longer than the input" else 11, padded=case == "padded")
+    if case == "of one's own":
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    _, expected = step(model, batch)
+    if case == "checkpointed":
+        model = checkpointed(model, use_reentrant=False)
+    with Attentions() as attentions:
+        _, gradients = on(model, batch)
+    assert_same(gradients, expected)
+    alone, tokens = VIRTUAL - (case == "prompt"), batch["input_ids"].shape[1]
+    if case in ("padded", "longer than the input", "sliding"):
+        assert set(attentions.seen) == {(tokens, VIRTUAL + tokens, False)}
+    elif case == "prompt":
+        assert set(attentions.seen) == {(alone, alone, True), (VIRTUAL + tokens, VIRTUAL + tokens, True)}
+    else:
+        assert set(attentions.seen) == {(VIRTUAL + tokens, VIRTUAL + tokens, True)}
 
 
 def test_a_prefix_is_projected_once_and_not_copied():

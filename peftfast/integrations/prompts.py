@@ -8,6 +8,9 @@ A prompt is a prefix that the model itself computes: virtual tokens see nothing 
 run once for the batch and the samples start from their keys and values. The last of them runs with each sample, since
 its output predicts the first token. The logits that are returned have PEFT's shape and values.
 
+Attention to a cache takes a mask, and torch computes what it hides too. Where it hides nothing but the future,
+attention runs without it, as among all tokens: the cached ones have queries of zeros, whose outputs are dropped.
+
 Of a packed batch, every document sees the virtual tokens and itself. Its documents are where position_ids restart and
 no attention_mask is given, as in transformers. PEFT leaves such batches to see across documents, and drops the
 position_ids of prompts; both are honoured here.
@@ -33,7 +36,7 @@ from peft import (
     PeftType,
 )
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate, find_packed_sequence_indices
@@ -164,7 +167,7 @@ def _prefix_forward(
     with _checkpointing_with_cache(base):
         return base(
             **inputs,
-            attention_mask=_mask(model, attention_mask, documents, virtual, cache, dtype, given.device),
+            attention_mask=_mask(model, attention_mask, documents, virtual, cache, dtype, given),
             **kwargs,
         )
 
@@ -186,7 +189,7 @@ def _prompt_forward(
     shared = _shared(model, embeds, attention_mask, documents, kwargs)
     cache, shared_logits = _run_shared(base, prompt[:, :shared].to(embeds.dtype), samples)
 
-    mask = _mask(model, attention_mask, documents, shared, cache, embeds.dtype, embeds.device)
+    mask = _mask(model, attention_mask, documents, shared, cache, embeds.dtype, embeds)
     prompt = prompt[:, shared:].expand(samples, -1, -1).to(embeds.dtype)
     labels = inputs["labels"]
     if labels is not None:
@@ -230,8 +233,8 @@ def _shared(
     """How many leading virtual tokens run once for the batch: all but the last, or none.
 
     None of them does where outputs would show it, where dropout makes samples differ, and where it does not pay: a
-    token less saves about 12 H² multiply-adds in each layer's projections; but attention to a cache takes a mask, of
-    which torch computes what is hidden too, length² H multiply-adds more per sample and layer.
+    token less saves about 12 H² multiply-adds in each layer's projections; but where attention to a cache takes a
+    mask, what it hides is computed too, length² H multiply-adds more per sample and layer.
     """
     base, virtual = model.base_model, model.active_peft_config.num_virtual_tokens
     samples, length, hidden = embeds.shape
@@ -249,12 +252,12 @@ def _shared(
         return 0
     masked = documents is not None or (attention_mask is not None and not _shows_all(attention_mask))
     pays = 12 * hidden * virtual * (samples - 1) > length**2 * samples
-    return virtual - 1 if masked or pays else 0
+    return virtual - 1 if masked or pays or _may_be_causal(base, attention_mask) else 0
 
 
 def _shows_all(attention_mask: Tensor | dict[str, Tensor]) -> bool:
     """Whether attention runs without a mask; under torch.compile, transformers asks no mask for its values either."""
-    if not isinstance(attention_mask, Tensor) or torch.compiler.is_compiling():
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or torch.compiler.is_compiling():
         return False
     return bool(attention_mask.all())
 
@@ -324,17 +327,71 @@ def _mask(
     cached: int,
     cache: Cache | None,
     dtype: torch.dtype,
-    device: torch.device,
+    given: Tensor,
 ) -> Tensor | dict[str, Tensor] | None:
-    """The attention mask of what follows the first `cached` of the virtual tokens."""
+    """The attention mask of what follows the first `cached` of the virtual tokens.
+
+    Args:
+        given: [samples, length, ...], the tokens without the virtual ones.
+    """
     virtual = model.active_peft_config.num_virtual_tokens
+    config, device = model.base_model.config, given.device
     if documents is not None:
-        return _packed_mask(model.base_model.config, documents.to(device), virtual, cached, cache, dtype)
+        return _packed_mask(config, documents.to(device), virtual, cached, cache, dtype)
+    rows = virtual - cached + given.shape[1]
+    if 0 < cached < rows and _may_be_causal(model.base_model, attention_mask):
+        own = create_masks_for_generate(
+            config=config,
+            inputs_embeds=torch.empty(1, rows, 0, dtype=dtype, device=device),
+            attention_mask=None,
+            past_key_values=cache,
+        )
+        causal = torch.ones(1, 1, rows, cached + rows, dtype=torch.bool, device=device).tril(cached)
+        masks = own.values() if isinstance(own, dict) else [own]
+        if all(isinstance(mask, Tensor) and torch.equal(mask, causal) for mask in masks):
+            return causal.as_subclass(_CausalMask)
     if isinstance(attention_mask, dict):
         return {name: _prepared_mask(mask, virtual, cached) for name, mask in attention_mask.items()}
     if attention_mask is None or attention_mask.dim() == 4:
         return attention_mask if attention_mask is None else _prepared_mask(attention_mask, virtual, cached)
     return pad(attention_mask, (virtual, 0), value=1)
+
+
+def _may_be_causal(base: nn.Module, attention_mask: Tensor | dict[str, Tensor] | None) -> bool:
+    """Whether a `_CausalMask` can tell what is visible, unless the model has masks of a kind of its own."""
+    config = base.config
+    return (
+        config.get_text_config() is config
+        and config._attn_implementation == "sdpa"
+        and getattr(config, "sliding_window", None) is None
+        and getattr(base, "_supports_attention_backend", False)
+        and not torch.compiler.is_compiling()
+        and (attention_mask is None or _shows_all(attention_mask))
+    )
+
+
+class _CausalMask(Tensor):
+    """A mask [1, 1, queries, keys] of the queries at the end of a sequence that hides the future alone. It costs no
+    more than half of the products; with more cached tokens than queries, zeros would cost more than the mask does.
+
+    It is a mask like any other for everything but attention: what is made of it is a plain tensor.
+    """
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        run = cls._attend if function is scaled_dot_product_attention else function
+        with torch._C.DisableTorchFunctionSubclass():
+            return run(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **options) -> Tensor:
+        queries, keys = query.shape[-2], key.shape[-2]
+        if attn_mask.shape[-2:] != (queries, keys):
+            return scaled_dot_product_attention(query, key, value, attn_mask, **options)
+        query = pad(query, (0, 0, keys - queries, 0))
+        return scaled_dot_product_attention(query, key, value, **options | {"is_causal": True})[
+            ..., -queries:, :
+        ]
 
 
 def _packed_mask(
