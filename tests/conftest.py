@@ -1,4 +1,5 @@
 import os
+import sys
 
 # Before anything imports huggingface_hub: a test never reaches for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -40,6 +41,14 @@ def pytest_configure(config):
     device = config.getoption("--device")
     if device not in KERNEL_DEVICES:
         raise pytest.UsageError(f"--device {device}: {cuda_state()}.")
+
+
+@pytest.fixture
+def without_matplotlib(monkeypatch):
+    """As if it were not installed."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
 
 
 @pytest.fixture(autouse=True)

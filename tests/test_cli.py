@@ -572,6 +572,14 @@ def test_training_that_diverges_leaves_nothing(model_folder, pairs, tmp_path, ca
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
 
 
+def test_without_matplotlib_there_is_no_picture(model_folder, pairs, tmp_path, capsys, without_matplotlib):
+    out = tmp_path / "out"
+    arguments = ("train", "--model", model_folder, "--data", pairs, "--out", out)
+    assert run(*arguments, "--max-steps", 1, "--eval-share", 0) == 0
+    assert "Pictures take matplotlib (pip install matplotlib)." in capsys.readouterr().out
+    assert (out / "train_log.jsonl").is_file() and not list(out.glob("*.png"))
+
+
 def test_overwrite_replaces_an_earlier_result_and_nothing_else(model_folder, pairs, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = (

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 
 import pytest
 from test_cli import model_folder, moe_folder, pairs, refusal, run, tokenizer  # noqa: F401
@@ -139,10 +138,7 @@ def test_methods_train_in_processes_of_their_own(arguments, tmp_path, capfd):
     assert not (tmp_path / "out" / "mixture").exists()
 
 
-def test_without_matplotlib_there_is_no_picture(arguments, trained, tmp_path, capsys, monkeypatch):
-    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+def test_without_matplotlib_there_is_no_picture(arguments, trained, tmp_path, capsys, without_matplotlib):
     assert run(*arguments, "--methods", "lora") == 0
     assert "a picture takes matplotlib (pip install matplotlib)" in capsys.readouterr().out
     assert (tmp_path / "out" / compare.RECORD_FILE).is_file()

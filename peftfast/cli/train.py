@@ -616,6 +616,8 @@ def command(context: Context, config: Path | None = None, **options) -> None:
     result = train(TrainSettings(**told), console)
     if result is not None:
         show(result, console)
+        if not Path(result.settings["out"], PICTURE_FILE).exists():
+            console.print("Pictures take matplotlib (pip install matplotlib).", highlight=False)
 
 
 def _signature() -> inspect.Signature:
