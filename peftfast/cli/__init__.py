@@ -1,5 +1,6 @@
 """The `peftfast` command."""
 
+import logging
 import os
 import signal
 import sys
@@ -29,6 +30,8 @@ app.command("bench")(bench.command)
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 if all went well, 2 and one sentence on stderr for bad input."""
+    # bitsandbytes asks, when it is imported, for a package with products that run on our kernels here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # As an exception, so that a run that is told to end takes its temporary folder with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:

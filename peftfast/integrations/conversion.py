@@ -106,7 +106,7 @@ def convert(
         ValueError: the adapter cannot be read or converted, or `out` is not free; the message is one sentence.
     """
     if to not in LAYOUTS:
-        raise ValueError(f"The layout must be {' or '.join(LAYOUTS)}, got {to!r}.")
+        raise ValueError(f"to must be {' or '.join(LAYOUTS)}, got {to!r}.")
     if model_type not in NAMES:
         raise ValueError(
             f"The names of experts of {model_type} are not known, only of {', '.join(sorted(NAMES))}."
