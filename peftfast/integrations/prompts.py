@@ -162,7 +162,7 @@ def _prefix_forward(
         kwargs["use_cache"] = False
     if position_ids is not None:
         kwargs["position_ids"] = position_ids + virtual
-    cache = kwargs["past_key_values"] = model.get_prompt(samples, max_cache_len=length + virtual)
+    cache = kwargs[_name_of_cache(base.forward)] = model.get_prompt(samples, max_cache_len=length + virtual)
     dtype = model.word_embeddings.weight.dtype
     with _checkpointing_with_cache(base):
         return base(
@@ -202,7 +202,7 @@ def _prompt_forward(
         use_cache = getattr(base.config.get_text_config(), "use_cache", False)
     use_cache = use_cache and not _is_checkpointed(base)
     if cache is not None:
-        kwargs |= dict(past_key_values=cache, use_cache=use_cache)
+        kwargs |= {_name_of_cache(base.forward): cache, "use_cache": use_cache}
     with nullcontext() if cache is None else _checkpointing_with_cache(base):
         outputs = base(
             inputs_embeds=torch.cat((prompt, embeds), dim=1),
@@ -216,7 +216,7 @@ def _prompt_forward(
 
     outputs.logits = torch.cat((shared_logits, outputs.logits), dim=1)
     if not use_cache:
-        for name in ("past_key_values", "cache"):  # its name before transformers 5.24, and from there on
+        for name in ("past_key_values", "cache"):
             if name in outputs:
                 outputs[name] = None
     return_dict = base.config.return_dict if inputs["return_dict"] is None else inputs["return_dict"]
@@ -268,9 +268,15 @@ def _run_shared(base: nn.Module, prompt: Tensor, samples: int) -> tuple[Cache | 
         return None, None
     cache = DynamicCache()
     with _without_checkpointing(base):
-        outputs = base(inputs_embeds=prompt, past_key_values=cache, use_cache=True, return_dict=True)
+        with_cache = {_name_of_cache(base.forward): cache, "use_cache": True}
+        outputs = base(inputs_embeds=prompt, return_dict=True, **with_cache)
     _expand(cache, samples)
     return cache, outputs.logits.expand(samples, -1, -1)
+
+
+def _name_of_cache(function: Callable) -> str:
+    """What it calls its argument: transformers has another name for it from 5.24 on."""
+    return "cache" if "cache" in signature(function).parameters else "past_key_values"
 
 
 def _expand(cache: Cache, samples: int) -> None:
@@ -344,7 +350,7 @@ def _mask(
             config=config,
             inputs_embeds=torch.empty(1, rows, 0, dtype=dtype, device=device),
             attention_mask=None,
-            past_key_values=cache,
+            **{_name_of_cache(create_masks_for_generate): cache},
         )
         causal = torch.ones(1, 1, rows, cached + rows, dtype=torch.bool, device=device).tril(cached)
         masks = own.values() if isinstance(own, dict) else [own]
@@ -419,7 +425,7 @@ def _packed_mask(
             len(documents), len(index) - cached, 0, dtype=dtype, device=documents.device
         ),
         attention_mask=None,
-        past_key_values=cache,
+        **{_name_of_cache(create_masks_for_generate): cache},
         or_mask_function=virtual_in_reach if window else None,
         and_mask_function=own_document,
     )
@@ -584,9 +590,7 @@ def _why_not_call(
         return reason
     if input_ids is None and inputs_embeds is None:
         return "its forward was given neither input_ids nor inputs_embeds"
-    given_cache = (
-        past_key_values if past_key_values is not None else kwargs.get("cache")
-    )  # its name from 5.24 on
+    given_cache = past_key_values if past_key_values is not None else kwargs.get("cache")
     if given_cache is not None and model.active_peft_config.peft_type in PROMPTS:
         return "its forward was given past_key_values"
     if position_ids is not None and position_ids.dim() != 2:
