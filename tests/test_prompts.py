@@ -320,6 +320,15 @@ def test_attention_to_virtual_tokens_computes_nothing_that_is_hidden(case):
         assert set(attentions.seen) == {(VIRTUAL + tokens, VIRTUAL + tokens, True)}
 
 
+def test_layers_that_are_compiled():
+    model = tuned(base_model())
+    _, expected = step(model, inputs())
+    for layer in model.base_model.model.layers:
+        layer.compile(backend="aot_eager")
+    _, gradients = on(model, inputs())
+    assert_same(gradients, expected)
+
+
 def test_a_prefix_is_projected_once_and_not_copied():
     model = tuned(base_model(), "projected prefix")
     rows = []

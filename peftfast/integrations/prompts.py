@@ -345,6 +345,7 @@ def _mask(
     if documents is not None:
         return _packed_mask(config, documents.to(device), virtual, cached, cache, dtype)
     rows = virtual - cached + given.shape[1]
+    # Of more cached tokens than others, zeros would be more to compute than what the mask hides.
     if 0 < cached < rows and _may_be_causal(model.base_model, attention_mask):
         own = create_masks_for_generate(
             config=config,
@@ -377,10 +378,8 @@ def _may_be_causal(base: nn.Module, attention_mask: Tensor | dict[str, Tensor] |
 
 
 class _CausalMask(Tensor):
-    """A mask [1, 1, queries, keys] of the queries at the end of a sequence that hides the future alone. It costs no
-    more than half of the products; with more cached tokens than queries, zeros would cost more than the mask does.
-
-    It is a mask like any other for everything but attention: what is made of it is a plain tensor.
+    """The mask [1, 1, queries, keys] of the last tokens of a sequence, which hides the future alone: torch's attention
+    runs without it. For everything else it is a mask like any other, and what is made of it is a plain tensor.
     """
 
     @classmethod
@@ -395,9 +394,8 @@ class _CausalMask(Tensor):
         if attn_mask.shape[-2:] != (queries, keys):
             return scaled_dot_product_attention(query, key, value, attn_mask, **options)
         query = pad(query, (0, 0, keys - queries, 0))
-        return scaled_dot_product_attention(query, key, value, **options | {"is_causal": True})[
-            ..., -queries:, :
-        ]
+        output = scaled_dot_product_attention(query, key, value, **options | {"is_causal": True})
+        return output[..., -queries:, :]
 
 
 def _packed_mask(
