@@ -151,6 +151,20 @@ struct RmsNormArgs {
   void *Y, *dX;               // [M, H], out
 };
 
+// The cross-entropy of each row of logits with its target, and in the place of the logits, where wanted, the gradient of
+// that times the row's weight. First of all they become cap * tanh(scale * logits / cap), or scale * logits.
+struct CrossEntropyArgs {
+  int64_t M, V;
+  DType dtype;   // of the logits
+  void* logits;  // [M, V], in and out
+  int64_t ld;
+  const int64_t* targets;  // [M]; with one that is no column the loss is NaN
+  const float* weights;    // [M], or one for all
+  bool weight_per_row, want_gradient;
+  float scale, cap;  // no cap: 0
+  float* losses;     // [M], out
+};
+
 #define PEFTFAST_KERNEL(name, Args)                    \
   namespace cpu {                                      \
   void name(const Args& args, const Threads& threads); \
@@ -168,4 +182,5 @@ PEFTFAST_KERNEL(swiglu, SwigluArgs)
 PEFTFAST_KERNEL(swiglu_backward, SwigluArgs)
 PEFTFAST_KERNEL(rms_norm, RmsNormArgs)
 PEFTFAST_KERNEL(rms_norm_backward, RmsNormArgs)
+PEFTFAST_KERNEL(cross_entropy, CrossEntropyArgs)
 }  // namespace peftfast

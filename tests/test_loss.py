@@ -34,7 +34,7 @@ def one_thread(nothing_leaks):
 def small_chunks(monkeypatch):
     """So that a test's few rows make several chunks and blocks, the last of each not full."""
     monkeypatch.setattr(loss, "CHUNK_BYTES_CPU", 6000)
-    monkeypatch.setattr(loss, "BLOCK_BYTES", 2500)
+    monkeypatch.setattr(loss, "BLOCK_BYTES_CPU", 2500)
     monkeypatch.setattr(loss, "PANEL", 64)
 
 

@@ -1,4 +1,5 @@
-"""The ops swiglu and rms_norm against float64 and torch's eager modules, and transformers' models that run on them.
+"""The ops swiglu, rms_norm and cross_entropy against float64 and torch's eager modules, and transformers' models that
+run on the first two.
 
 The rule: on the same inputs, the error against float64 is at most 1.1 times the error of the computation that the op
 replaces. Over a handful of elements the ratio of two rounding errors is luck: there, some roundings more are allowed.
@@ -10,6 +11,7 @@ import math
 import pytest
 import torch
 from torch.library import opcheck
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
@@ -257,7 +259,107 @@ def test_a_nan_stays_in_its_row(dtype, kind):
     assert out[5].isnan().all() and out[rows].isfinite().all()
 
 
-# ---- both -----------------------------------------------------------------------------------------------
+# ---- cross_entropy --------------------------------------------------------------------------------------
+
+CAPS = {"plain": (1.0, 0.0), "scaled": (-0.3, 0.0), "capped": (1.0, 5.0), "both": (-2.0, 3.0)}  # scale, cap
+
+
+def by_cap(test):
+    return pytest.mark.parametrize("scale, cap", CAPS.values(), ids=CAPS.keys())(test)
+
+
+def loss_problem(shape, dtype):
+    rows, vocabulary = shape
+    logits, targets = (torch.randn(shape) * 3).to(dtype), torch.randint(max(1, vocabulary), (rows,))
+    return logits, targets, torch.rand(rows) + 0.5
+
+
+def eager_losses(logits, targets, weights, scale, cap, dtype):
+    """The losses and the gradient as `dtype` and autograd give them."""
+    leaf = logits.to(dtype).detach().requires_grad_()
+    z = leaf * scale
+    losses = F.cross_entropy(cap * torch.tanh(z / cap) if cap else z, targets, reduction="none")
+    return [losses.detach(), torch.autograd.grad(losses, leaf, weights.to(dtype))[0]]
+
+
+def our_losses(logits, targets, weights, scale=1.0, cap=0.0):
+    gradient = logits.clone()
+    return [OPS.cross_entropy(gradient, targets, weights, scale, cap, True), gradient]
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 40_001)], ids=str)
+@by_cap
+@by_dtype
+def test_cross_entropy(dtype, scale, cap, shape):
+    problem = loss_problem(shape, dtype)
+    losses, gradient = eager_losses(*problem, scale, cap, torch.float32)
+    oracle = eager_losses(*problem, scale, cap, torch.float64)
+    check(our_losses(*problem, scale, cap), [losses, gradient.to(dtype)], oracle, few_rows=True)
+
+
+@pytest.mark.every_isa
+@by_dtype
+def test_cross_entropy_of_large_and_missing_logits(dtype):
+    """-inf, as where a mask forbids a token, is exact; NaN and inf make their row NaN, and no other."""
+    logits, targets, weights = loss_problem((6, 700), dtype)
+    logits[0] *= 1000
+    logits[1, 1:] = -math.inf
+    logits[2, ::2] = -math.inf
+    logits[3, 5], logits[4, 600] = math.nan, math.inf
+    targets[1], targets[2] = 0, 7
+    losses, gradient = our_losses(logits, targets, weights)
+    expected = eager_losses(logits, targets, weights, 1.0, 0.0, torch.float32)
+    torch.testing.assert_close(losses, expected[0], equal_nan=True)
+    torch.testing.assert_close(gradient, expected[1].to(dtype), equal_nan=True)
+    assert losses.isnan().tolist() == [False, False, False, True, True, False]
+    assert not gradient[1].any() and not gradient[2, ::2].any()
+
+
+@pytest.mark.every_isa
+@by_dtype
+def test_cross_entropy_in_place(dtype):
+    """Rows may lie apart; what lies between them stays, and so do logits whose gradient nobody wants."""
+    logits, targets, weights = loss_problem((9, 300), dtype)
+    expected = our_losses(logits, targets, weights)
+    wide = torch.full((9, 330), 7.0, dtype=dtype)
+    inside = wide[:, 11:311]
+    inside.copy_(logits)
+    assert torch.equal(OPS.cross_entropy(inside, targets, weights, 1.0, 0.0, False), expected[0])
+    assert torch.equal(inside, logits)
+    assert torch.equal(OPS.cross_entropy(inside, targets, weights, 1.0, 0.0, True), expected[0])
+    assert torch.equal(inside, expected[1])
+    assert (wide[:, :11] == 7).all() and (wide[:, 311:] == 7).all()
+    one = torch.tensor([0.7])
+    assert_equal(our_losses(logits, targets, one), our_losses(logits, targets, one.repeat(9)))
+
+
+@pytest.mark.every_isa
+@by_dtype
+def test_cross_entropy_of_a_target_that_is_none(dtype):
+    logits, targets, weights = loss_problem((4, 50), dtype)
+    targets[1], targets[2] = 50, -100
+    losses, _ = our_losses(logits, targets, weights)
+    assert losses.isnan().tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("shape", EMPTY, ids=str)
+@by_dtype
+def test_cross_entropy_of_nothing(dtype, shape):
+    losses, gradient = our_losses(*loss_problem(shape, dtype))
+    assert losses.shape == shape[:1] and losses.isnan().all() and gradient.shape == shape
+
+
+@by_dtype
+def test_cross_entropy_on_any_number_of_threads(dtype):
+    problem = loss_problem((37, 2570), dtype)
+    expected = our_losses(*problem)
+    for threads in (2, 3, 8):
+        torch.set_num_threads(threads)
+        assert_equal(our_losses(*problem), expected)
+
+
+# ---- swiglu and rms_norm --------------------------------------------------------------------------------
 
 CALLS = {
     "swiglu": (swiglu, lambda shape, dtype: halves(shape, dtype)[0].chunk(2, dim=-1)),
@@ -402,6 +504,7 @@ def test_opcheck():
     for wanted in ((True, True), (False, True), (True, False)):
         opcheck(OPS.swiglu_backward.default, (grad, gate.detach(), up.detach(), 4, *wanted))
         opcheck(OPS.rms_norm_backward.default, (torch.randn_like(y), x, weight, rstd, 0.0, True, *wanted))
+    opcheck(OPS.cross_entropy.default, (*loss_problem((13, 40), torch.bfloat16), 0.5, 3.0, True))
 
 
 @pytest.mark.parametrize(
@@ -418,6 +521,14 @@ def test_opcheck():
         lambda t: OPS.rms_norm_backward(t, t, t[0], t[1:, 0], 0.0, True, True, True),
         lambda t: OPS.rms_norm_backward(t[:, 1:], t, t[0], t[:, 0], 0.0, True, True, True),
         lambda t: OPS.rms_norm_backward(t, t, None, t[:, 0].clone(), 0.0, True, True, True),
+        lambda t: OPS.cross_entropy(t[0], t[0].long(), t[0], 1.0, 0.0, True),
+        lambda t: OPS.cross_entropy(t.mT, t[0].long(), t[0], 1.0, 0.0, True),
+        lambda t: OPS.cross_entropy(t[:1].expand(5, 8), t[:, 0].long(), t[0, :1], 1.0, 0.0, True),
+        lambda t: OPS.cross_entropy(t.double(), t[:, 0].long(), t[0, :1], 1.0, 0.0, True),
+        lambda t: OPS.cross_entropy(t, t[1:, 0].long(), t[0, :1], 1.0, 0.0, True),
+        lambda t: OPS.cross_entropy(t, t[:, 0].int(), t[0, :1], 1.0, 0.0, True),
+        lambda t: OPS.cross_entropy(t, t[:, 0].long(), t[0, :4], 1.0, 0.0, True),
+        lambda t: OPS.cross_entropy(t, t[:, 0].long(), t[0, :1].half(), 1.0, 0.0, True),
     ],
 )
 def test_the_registered_op_stays_inside_its_memory(call):

@@ -1,4 +1,4 @@
-// Forward and backward of swiglu and rms_norm, over rows. Elements and rows are computed alike whoever computes them,
+// Forward and backward of swiglu and rms_norm, and cross_entropy, over rows. Elements and rows are computed alike whoever computes them,
 // and the sums over rows for a norm's weight are those of rows_at_once rows, then those of the sums in their order: the
 // same bits for any number of threads.
 #include <algorithm>
@@ -68,6 +68,11 @@ void rms_norm_backward(const RmsNormArgs& args, const Threads& threads) {
       for (int64_t h = 0; h < count; ++h) args.grad_weight[begin + h] = static_cast<float>(total[h]);
     }
   });
+}
+
+void cross_entropy(const CrossEntropyArgs& args, const Threads& threads) {
+  over_rows(threads, args.M, rows_worth_a_thread(args.V),
+            [&](int64_t begin, int64_t end) { table().cross_entropy[static_cast<int>(args.dtype)](args, begin, end); });
 }
 
 }  // namespace peftfast::cpu

@@ -149,6 +149,7 @@ struct Table {
   void (*rms_norm[dtype_count])(const RmsNormArgs& args, int64_t row_begin, int64_t row_end);
   // Adds what these rows have of grad_weight to sums [H], if that is not null.
   void (*rms_norm_backward[dtype_count])(const RmsNormArgs& args, int64_t row_begin, int64_t row_end, float* sums);
+  void (*cross_entropy[dtype_count])(const CrossEntropyArgs& args, int64_t row_begin, int64_t row_end);
   void (*moments[dtype_count])(const MomentsArgs& args, int64_t row_begin, int64_t row_end);
   void (*bottleneck)(const BottleneckArgs& args, int64_t row_begin, int64_t row_end);
   void (*bottleneck_backward)(const BottleneckArgs& args, int64_t row_begin, int64_t row_end);

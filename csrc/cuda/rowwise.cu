@@ -1,9 +1,10 @@
-// Forward and backward of swiglu and rms_norm. All are bound by memory: 16 bytes at a time where rows can be read so,
-// each operand once (a norm's row twice, the second time from the cache), fp32 between.
+// Forward and backward of swiglu and rms_norm, and cross_entropy. All are bound by memory: 16 bytes at a time where rows
+// can be read so, each operand once (a row of a norm or of logits twice), fp32 between.
 //
-//   swiglu    threads over the elements of a row, blocks over rows and pieces of them
-//   rms_norm  a row per block, or per warp where rows are short
-//   weight    threads over columns, blocks over stretches of rows, whose sums a second launch adds up in their order
+//   swiglu         threads over the elements of a row, blocks over rows and pieces of them
+//   rms_norm       a row per block, or per warp where rows are short
+//   weight         threads over columns, blocks over stretches of rows, whose sums a second launch adds up in their order
+//   cross_entropy  a row per block
 #include "common.cuh"
 
 namespace peftfast::cuda {
@@ -179,16 +180,20 @@ void launch_swiglu(const char* name, const SwigluArgs& args, const Stream& strea
 
 // ---- rms_norm ----------------------------------------------------------------------------------------------------
 
-// The sum over the threads of a row: a warp, or the whole block.
-__device__ __forceinline__ float sum_over_row(float x, int row_threads) {
-  for (int bits = lanes / 2; bits > 0; bits /= 2) x += __shfl_xor_sync(whole_warp, x, bits);
+// What the threads of a row, a warp or the whole block, have together. `of_warps` serves one call.
+template <class Join>
+__device__ __forceinline__ float over_row(float x, int row_threads, float* of_warps, Join join) {
+  for (int bits = lanes / 2; bits > 0; bits /= 2) x = join(x, __shfl_xor_sync(whole_warp, x, bits));
   if (row_threads == lanes) return x;
-  float* of_warps = shared_memory<float>();
   if (threadIdx.x % lanes == 0) of_warps[threadIdx.x / lanes] = x;
   __syncthreads();
-  float sum = 0;
-  for (int warp = 0; warp < threads / lanes; ++warp) sum += of_warps[warp];
-  return sum;
+  x = of_warps[0];
+  for (int warp = 1; warp < threads / lanes; ++warp) x = join(x, of_warps[warp]);
+  return x;
+}
+
+__device__ __forceinline__ float sum_over_row(float x, int row_threads, float* of_warps) {
+  return over_row(x, row_threads, of_warps, [](float a, float b) { return a + b; });
 }
 
 // 1 / sqrt(x), and a step of Newton's: rounded once.
@@ -225,7 +230,7 @@ __global__ void __launch_bounds__(threads) rms_norm_kernel(RmsNormArgs args, int
 #pragma unroll
     for (int j = 0; j < width; ++j) squares = fmaf(values[j], values[j], squares);
   }
-  const float rstd = reciprocal_root(sum_over_row(squares, row_threads) / static_cast<float>(args.H) + args.eps);
+  const float rstd = reciprocal_root(sum_over_row(squares, row_threads, shared_memory<float>()) / static_cast<float>(args.H) + args.eps);
   if (first == 0) args.rstd[m] = rstd;
   for (int64_t h = first; h < args.H; h += step) {
     float values[width], factors[width];
@@ -256,7 +261,7 @@ __global__ void __launch_bounds__(threads) rms_norm_backward_kernel(RmsNormArgs 
     for (int j = 0; j < width; ++j) dot = fmaf(D[j] * factors[j], values[j], dot);
   }
   const float rstd = args.rstd[m];
-  const float along = rstd * (rstd * (sum_over_row(dot, row_threads) / static_cast<float>(args.H)));
+  const float along = rstd * (rstd * (sum_over_row(dot, row_threads, shared_memory<float>()) / static_cast<float>(args.H)));
   for (int64_t h = first; h < args.H; h += step) {
     load<in_words>(x + h, args.H - h, values);
     load<in_words>(G + h, args.H - h, D);
@@ -314,6 +319,63 @@ struct Layout {
 };
 constexpr int64_t shared_bytes = threads / lanes * sizeof(float);
 
+// ---- cross_entropy -----------------------------------------------------------------------------------------------
+
+// A capped logit is cap * t; t is the scaled logit itself where there is no cap.
+struct Logit {
+  float scale, cap;
+  __device__ __forceinline__ float t(float logit) const {
+    return cap > 0.0f ? tanhf(scale * logit / cap) : scale * logit;
+  }
+  __device__ __forceinline__ float value(float t) const { return cap > 0.0f ? cap * t : t; }
+  __device__ __forceinline__ float slope(float t) const { return cap > 0.0f ? 1.0f - t * t : 1.0f; }
+};
+
+// One pass reads the logits for the largest and the sum of the powers, another writes the gradient.
+template <class T, bool in_words>
+__global__ void __launch_bounds__(threads) cross_entropy_kernel(CrossEntropyArgs args) {
+  constexpr int width = width_of<T>;
+  constexpr int64_t step = threads * width;
+  const int64_t m = blockIdx.x, first = threadIdx.x * width, target = args.targets[m];
+  T* row = static_cast<T*>(args.logits) + m * args.ld;
+  const Logit logit{args.scale, args.cap};
+  const float infinity = bit_cast<float>(0x7f800000u);
+  const bool hit = target >= 0 && target < args.V;
+  const float at_target = hit ? logit.value(logit.t(to_float(row[target]))) : bit_cast<float>(0x7fc00000u);
+  float largest = -infinity, total = 0;
+  for (int64_t v = first; v < args.V; v += step) {
+    float values[width], most = largest, sum = 0;
+    load<in_words>(row + v, args.V - v, values);
+#pragma unroll
+    for (int j = 0; j < width; ++j) {
+      values[j] = v + j < args.V ? logit.value(logit.t(values[j])) : -infinity;
+      most = fmaxf(most, values[j]);
+    }
+    const float base = most > -infinity ? most : 0.0f;  // all that is there may be -inf
+#pragma unroll
+    for (int j = 0; j < width; ++j) sum += expf(values[j] - base);
+    total = total * expf(largest - base) + sum;
+    largest = most;
+  }
+  float* of_warps = shared_memory<float>();
+  const float most = over_row(largest, threads, of_warps, [](float a, float b) { return fmaxf(a, b); });
+  const float base = most > -infinity ? most : 0.0f;
+  total = sum_over_row(total * expf(largest - base), threads, of_warps + threads / lanes);
+  if (first == 0) args.losses[m] = logf(total) + (most - at_target);
+  if (!args.want_gradient) return;
+  const float weight = args.weights[args.weight_per_row ? m : 0] * args.scale, share = weight / total;
+  for (int64_t v = first; v < args.V; v += step) {
+    float values[width];
+    load<in_words>(row + v, args.V - v, values);
+#pragma unroll
+    for (int j = 0; j < width; ++j) {
+      const float t = logit.t(values[j]);
+      values[j] = (share * expf(logit.value(t) - most) - (v + j == target ? weight : 0.0f)) * logit.slope(t);
+    }
+    store<in_words>(row + v, args.V - v, values);
+  }
+}
+
 }  // namespace
 
 void swiglu(const SwigluArgs& args, const Stream& stream) { launch_swiglu<false>("swiglu", args, stream); }
@@ -346,6 +408,15 @@ void rms_norm_backward(const RmsNormArgs& args, const Stream& stream) {
            sums.as<float>());
     launch("rms_norm_sum", sum_kernel, {static_cast<unsigned>(columns), 1, 1}, threads, 0, stream,
            static_cast<const float*>(sums.as<float>()), splits, args.H, args.grad_weight);
+  });
+}
+
+void cross_entropy(const CrossEntropyArgs& args, const Stream& stream) {
+  const int64_t size = size_of(args.dtype);
+  const bool words = fills_words(args.V, 16 / size, {Operand{args.logits, args.ld, size}});
+  with_type(args.dtype, words, [&](auto zero, auto in_words) {
+    launch("cross_entropy", cross_entropy_kernel<decltype(zero), in_words.value>,
+           {static_cast<unsigned>(args.M), 1, 1}, threads, 2 * shared_bytes, stream, args);
   });
 }
 

@@ -45,7 +45,7 @@ inline void check_shape(const Tensor& t, const char* name, std::initializer_list
   std::string wanted;
   for (size_t i = 0; same && i < shape.size(); ++i) same = t.size(static_cast<int64_t>(i)) == shape.begin()[i];
   if (same) return;
-  for (const int64_t size : shape) wanted += (wanted.empty() ? "" : ", ") + std::to_string(size);
+  for (const int64_t size : shape) wanted.append(wanted.empty() ? "" : ", ").append(std::to_string(size));
   STD_TORCH_CHECK(false, name, " has shape ", shape_text(t), ", expected [", wanted, "].");
 }
 

@@ -69,6 +69,8 @@ STABLE_TORCH_LIBRARY(peftfast, library) {
   def("rms_norm(Tensor x, Tensor? weight, float eps, float offset, bool cast_first) -> (Tensor y, Tensor rstd)");
   def("rms_norm_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor rstd, float offset, bool cast_first, "
       "bool want_x, bool want_weight) -> (Tensor grad_x, Tensor grad_weight)");
+  def("cross_entropy(Tensor(a!) logits, Tensor targets, Tensor weights, float scale, float cap, bool want_gradient) "
+      "-> Tensor losses");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(peftfast, CPU, library) { peftfast::register_adapter(library); }

@@ -1,4 +1,4 @@
-// peftfast::swiglu, rms_norm and their backwards: from tensors to the kernels' arguments.
+// peftfast::swiglu, rms_norm, their backwards and cross_entropy: from tensors to the kernels' arguments.
 #include "rowwise.h"
 
 #include <optional>
@@ -133,6 +133,39 @@ std::tuple<Tensor, Tensor> rms_norm_backward_op(const Tensor& grad_y, const Tens
   return {grad_x, grad_weight};
 }
 
+// logits [M, V], in and out; targets int64 [M]; weights fp32 [M] or [1] -> losses [M] fp32
+Tensor cross_entropy_op(const Tensor& logits, const Tensor& targets, const Tensor& weights, double scale, double cap,
+                        bool want_gradient) {
+  const Host host(logits);
+  STD_TORCH_CHECK(logits.dim() == 2, "logits must have 2 dimensions here, got ", logits.dim(), ".");
+  check_matrix(logits, "logits", logits.size(0), logits.size(1));
+  const int64_t M = logits.size(0), V = logits.size(1);
+  STD_TORCH_CHECK((V <= 1 || logits.stride(1) == 1) && (M <= 1 || logits.stride(0) >= V),
+                  "logits must have contiguous rows: they are overwritten.");
+  check_shape(targets, "targets", {M});
+  STD_TORCH_CHECK(targets.is_contiguous() && targets.scalar_type() == ScalarType::Long,
+                  "targets must be contiguous int64 values.");
+  const bool weight_per_row = weights.dim() != 1 || weights.size(0) != 1;
+  check_shape(weights, "weights", {weight_per_row ? M : 1});
+  STD_TORCH_CHECK(weights.is_contiguous() && weights.scalar_type() == ScalarType::Float,
+                  "weights must be contiguous float32 values.");
+  Tensor losses = empty({M}, ScalarType::Float);
+  kernels::cross_entropy({.M = M,
+                          .V = V,
+                          .dtype = dtype_of(logits, "logits"),
+                          .logits = logits.mutable_data_ptr(),
+                          .ld = leading_dimension(logits),
+                          .targets = static_cast<const int64_t*>(targets.const_data_ptr()),
+                          .weights = static_cast<const float*>(weights.const_data_ptr()),
+                          .weight_per_row = weight_per_row,
+                          .want_gradient = want_gradient,
+                          .scale = static_cast<float>(scale),
+                          .cap = static_cast<float>(cap),
+                          .losses = static_cast<float*>(losses.mutable_data_ptr())},
+                         host);
+  return losses;
+}
+
 }  // namespace
 
 void register_rowwise(torch::stable::detail::StableLibrary& library) {
@@ -140,6 +173,7 @@ void register_rowwise(torch::stable::detail::StableLibrary& library) {
   library.impl("swiglu_backward", TORCH_BOX(&swiglu_backward_op));
   library.impl("rms_norm", TORCH_BOX(&rms_norm_op));
   library.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward_op));
+  library.impl("cross_entropy", TORCH_BOX(&cross_entropy_op));
 }
 
 }  // namespace peftfast

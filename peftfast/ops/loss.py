@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfast import reference
+from peftfast import _C, reference  # noqa: F401  (_C registers the operators)
 from peftfast.ops import eightbit, fourbit, lora
 from peftfast.ops.eightbit import EightBitWeight
 from peftfast.ops.fourbit import FourBitWeight, parts_of
@@ -28,10 +28,12 @@ from peftfast.reference import as_list
 
 # Bytes of logits that exist at a time. On the CPU products lose 7 % at half of its size and gain nothing at twice.
 CHUNK_BYTES, CHUNK_BYTES_CPU = 256 << 20, 64 << 20
-# On the CPU the softmax runs over what stays in the cache between its passes.
-BLOCK_BYTES = 2 << 20
+# Rows of logits that are widened at a time, where the head's adapters are added to them.
+BLOCK_BYTES_CPU = 2 << 20
 # Columns of the vocabulary whose weight gradient is added to at a time: their logits are widened for it.
 PANEL = 8192
+
+CROSS_ENTROPY = torch.ops.peftfast.cross_entropy.default
 
 
 def linear_cross_entropy(
@@ -246,7 +248,11 @@ def _run(task: _Task, hidden, weight, bias, low_rank, B, row_weights, wanted) ->
     on_cpu = hidden.device.type == "cpu"
     budget = CHUNK_BYTES_CPU if on_cpu else CHUNK_BYTES
     chunk = max(1, budget // (vocabulary * hidden.element_size()))
-    block = max(1, BLOCK_BYTES // (vocabulary * wide.itemsize)) if on_cpu else chunk
+    # The kernel widens what it reads; what adds to the logits needs them wide.
+    in_place = _has_kernel(hidden) and B is None
+    block = max(1, BLOCK_BYTES_CPU // (vocabulary * wide.itemsize)) if on_cpu and not in_place else chunk
+    if not torch.is_tensor(row_weights):
+        row_weights = losses.new_full((), row_weights)
     for start in range(0, count, chunk):
         rows = task.kept[start : start + chunk]
         x = hidden[start : start + chunk] if everything else hidden[rows]
@@ -254,21 +260,19 @@ def _run(task: _Task, hidden, weight, bias, low_rank, B, row_weights, wanted) ->
         for first in range(0, len(rows), block):
             here = slice(first, first + block)
             among_kept = slice(start + first, start + min(first + block, len(rows)))
-            logits = z[here].to(wide)  # a view where z is as wide
+            logits = z[here] if in_place else z[here].to(wide)  # a view too where z is as wide
             if B is not None:
                 u = low_rank[rows[here]]
                 logits += expand(u)
-            weights = (
-                row_weights[among_kept] if torch.is_tensor(row_weights) and row_weights.dim() else row_weights
-            )
+            weights = row_weights[among_kept] if row_weights.dim() else row_weights
             losses[among_kept] = _softmax(logits, task, task.targets[among_kept], weights, any(wanted))
             if want_low_rank:
                 grad_low_rank[rows[here]] = expand_back(logits, u)
             if want_B:
                 grad_B.addmm_(logits.T, u)
             if want_bias:
-                grad_bias += logits.sum(0)
-            if z.dtype != wide:
+                grad_bias += logits.sum(0, dtype=wide)
+            if logits.dtype != z.dtype:
                 z[here] = logits
         if want_weight:
             for first in range(0, vocabulary, PANEL):
@@ -284,10 +288,15 @@ def _run(task: _Task, hidden, weight, bias, low_rank, B, row_weights, wanted) ->
     return losses, [grad_hidden, grad_weight, grad_bias, grad_low_rank, grad_B]
 
 
-def _softmax(
-    logits: Tensor, task: _Task, targets: Tensor, weights: float | Tensor, want_gradient: bool
-) -> Tensor:
+def _has_kernel(logits: Tensor) -> bool:
+    return logits.device.type in KERNEL_DEVICES and logits.dtype in DTYPES
+
+
+def _softmax(logits: Tensor, task: _Task, targets: Tensor, weights: Tensor, want_gradient: bool) -> Tensor:
     """The losses [rows] of `logits` [rows, V], in the place of which comes their gradient, times the rows' weights."""
+    if _has_kernel(logits):
+        cap = task.softcap or 0.0
+        return CROSS_ENTROPY(logits, targets, weights.view(-1), task.logit_scale, cap, want_gradient)
     targets, slope = targets.unsqueeze(1), None
     if task.softcap is not None:
         logits.mul_(task.logit_scale / task.softcap).tanh_()
@@ -407,3 +416,8 @@ def _check(
         check_number(softcap, "softcap")
         if not softcap > 0:
             raise ValueError(f"softcap is {softcap}, expected a number above 0 or None.")
+
+
+@torch.library.register_fake("peftfast::cross_entropy")
+def _(logits, targets, weights, scale, cap, want_gradient):
+    return logits.new_empty(logits.shape[0], dtype=torch.float32)

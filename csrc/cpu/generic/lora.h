@@ -215,6 +215,7 @@ constexpr Table make_table() {
       {swiglu_backward<S, float>, swiglu_backward<S, bf16>, swiglu_backward<S, f16>},
       {rms_norm<S, float>, rms_norm<S, bf16>, rms_norm<S, f16>},
       {rms_norm_backward<S, float>, rms_norm_backward<S, bf16>, rms_norm_backward<S, f16>},
+      {cross_entropy<S, float>, cross_entropy<S, bf16>, cross_entropy<S, f16>},
       {moments<S, float>, moments<S, bf16>, moments<S, f16>},
       bottleneck<S>,
       bottleneck_backward<S>,

@@ -3,7 +3,9 @@
 // gone over again.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "../table.h"
 #include "adapter.h"
@@ -186,6 +188,79 @@ template <class S, class T>
 void rms_norm_backward(const RmsNormArgs& args, int64_t begin, int64_t end, float* sums) {
   args.out == DType::f32 ? rms_norm_backward_from<S, T, float>(args, begin, end, sums)
                          : rms_norm_backward_from<S, T, T>(args, begin, end, sums);
+}
+
+// ---- cross_entropy -----------------------------------------------------------------------------------------------
+
+template <class S, class T, bool capped>
+void cross_entropy_of(const CrossEntropyArgs& args, int64_t begin, int64_t end) {
+  constexpr int64_t lanes = 16;
+  constexpr float lowest = -std::numeric_limits<float>::infinity();
+  const float scale = args.scale, cap = args.cap, within = capped ? 1.0f / cap : 1.0f;
+  const auto capped_value = [&](float z) { return capped ? cap * Tanh::value(within * z) : z; };
+  // exp(x) for x <= 0; that of -inf is 0.
+  const auto power = [](float x) { return x < -87.0f ? 0.0f : exponential(x); };
+  float of_logits[widened_at_once], z[widened_at_once], slope[widened_at_once];
+  for (int64_t m = begin; m < end; ++m) {
+    T* row = at<T>(args.logits, m * args.ld);
+    // Calls body(v, count) for blocks of columns, with z = scale * logits.
+    const auto over_blocks = [&](auto body) {
+      for (int64_t v = 0; v < args.V; v += widened_at_once) {
+        const int64_t count = std::min(widened_at_once, args.V - v);
+        const float* __restrict logits = widened<S>(row + v, count, of_logits);
+        for (int64_t j = 0; j < count; ++j) z[j] = scale * logits[j];
+        body(v, count);
+      }
+    };
+    // The cap keeps the order of the logits.
+    float* __restrict most = slope;
+    std::fill(most, most + widened_at_once, lowest);
+    over_blocks([&](int64_t, int64_t count) {
+      for (int64_t j = 0; j < count; ++j) most[j] = z[j] > most[j] ? z[j] : most[j];
+    });
+    const float largest = capped_value(*std::max_element(most, most + widened_at_once));
+
+    double part[lanes] = {};
+    over_blocks([&](int64_t, int64_t count) {
+      for (int64_t j = 0; j < count; ++j) z[j] = power(capped_value(z[j]) - largest);
+      std::fill(z + count, z + widened_at_once, 0.0f);
+      for (int64_t width = widened_at_once / 2; width >= lanes; width /= 2)
+        for (int64_t j = 0; j < width; ++j) z[j] += z[j + width];
+      for (int64_t j = 0; j < lanes; ++j) part[j] += static_cast<double>(z[j]);
+    });
+    double total = 0;
+    for (const double sum : part) total += sum;
+
+    const int64_t target = args.targets[m];
+    const bool hit = target >= 0 && target < args.V;
+    args.losses[m] = hit ? static_cast<float>(std::log(total) + (largest - capped_value(scale * to_float(row[target]))))
+                         : std::numeric_limits<float>::quiet_NaN();
+    if (!args.want_gradient) continue;
+    const float weight = args.weights[args.weight_per_row ? m : 0] * scale;
+    const float share = static_cast<float>(weight / total);
+    over_blocks([&](int64_t v, int64_t count) {
+      for (int64_t j = 0; j < count; ++j) {
+        if (capped) {  // 1 - tanh^2; of a tanh near 1 that difference would be a few bits
+          const float x = within * z[j], size = x < 0.0f ? -x : x, t = Tanh::value(x);
+          const float e = exponential(-2.0f * size), sum = 1.0f + e;
+          slope[j] = size < 0.8f ? 1.0f - t * t : 4.0f * e / (sum * sum);
+        }
+        z[j] = share * power(capped_value(z[j]) - largest);
+      }
+      if (target >= v && target < v + count) z[target - v] -= weight;
+      if (capped)
+        for (int64_t j = 0; j < count; ++j) z[j] *= slope[j];
+      if constexpr (std::is_same_v<T, float>)
+        std::copy(z, z + count, row + v);
+      else
+        convert<S>(z, count, row + v);
+    });
+  }
+}
+
+template <class S, class T>
+void cross_entropy(const CrossEntropyArgs& args, int64_t begin, int64_t end) {
+  args.cap > 0.0f ? cross_entropy_of<S, T, true>(args, begin, end) : cross_entropy_of<S, T, false>(args, begin, end);
 }
 
 }  // namespace
