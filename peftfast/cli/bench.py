@@ -217,6 +217,7 @@ def draw(outcomes: dict[str, Outcome], out: Path) -> list[Path]:
 
 def _draw_bars(path: Path, bars: dict[str, list[float]], title: str) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     means = [math.exp(sum(map(math.log, values)) / len(values)) for values in bars.values()]
     below = [mean - min(values) for mean, values in zip(means, bars.values(), strict=True)]
@@ -225,11 +226,16 @@ def _draw_bars(path: Path, bars: dict[str, list[float]], title: str) -> None:
     axes = figure.add_subplot()
     # A mean may lie a rounding below the least of equal values.
     errors = [[max(0.0, length) for length in side] for side in (below, above)]
-    axes.barh(range(len(bars)), means, xerr=errors, color="tab:blue", ecolor="tab:gray", capsize=2)
+    drawn = axes.barh(range(len(bars)), means, xerr=errors, color="tab:blue", ecolor="tab:gray", capsize=2)
+    axes.bar_label(drawn, [f"{mean:.3g}" for mean in means], padding=4, fontsize=8)
+    axes.margins(x=0.08)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(bars)), list(bars))
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title(title, fontsize=10)
     figure.savefig(path, dpi=120)
 
