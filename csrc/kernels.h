@@ -151,8 +151,8 @@ struct RmsNormArgs {
   void *Y, *dX;               // [M, H], out
 };
 
-// The cross-entropy of each row of logits with its target, and in the place of the logits, where wanted, the gradient of
-// that times the row's weight. First of all they become cap * tanh(scale * logits / cap), or scale * logits.
+// The cross-entropy of each row of logits with its target, and in the place of the logits, where wanted, the gradient
+// of that times the row's weight. First of all they become cap * tanh(scale * logits / cap), or scale * logits.
 struct CrossEntropyArgs {
   int64_t M, V;
   DType dtype;   // of the logits

@@ -1,6 +1,6 @@
-// Forward and backward of swiglu and rms_norm, and cross_entropy, over rows. Elements and rows are computed alike whoever computes them,
-// and the sums over rows for a norm's weight are those of rows_at_once rows, then those of the sums in their order: the
-// same bits for any number of threads.
+// Forward and backward of swiglu and rms_norm, and cross_entropy, over rows. Elements and rows are computed alike
+// whoever computes them, and the sums over rows for a norm's weight are those of rows_at_once rows, then those of the
+// sums in their order: the same bits for any number of threads.
 #include <algorithm>
 
 #include "parallel.h"

@@ -1,9 +1,9 @@
-// Forward and backward of swiglu and rms_norm, and cross_entropy. All are bound by memory: 16 bytes at a time where rows
-// can be read so, each operand once (a row of a norm or of logits twice), fp32 between.
+// Forward and backward of swiglu and rms_norm, and cross_entropy. All are bound by memory: 16 bytes at a time where
+// rows allow it, each operand once (that of a norm and the logits twice), fp32 between.
 //
 //   swiglu         threads over the elements of a row, blocks over rows and pieces of them
 //   rms_norm       a row per block, or per warp where rows are short
-//   weight         threads over columns, blocks over stretches of rows, whose sums a second launch adds up in their order
+//   weight         threads over columns, blocks over stretches of rows, whose sums a second launch adds up in order
 //   cross_entropy  a row per block
 #include "common.cuh"
 
@@ -230,7 +230,8 @@ __global__ void __launch_bounds__(threads) rms_norm_kernel(RmsNormArgs args, int
 #pragma unroll
     for (int j = 0; j < width; ++j) squares = fmaf(values[j], values[j], squares);
   }
-  const float rstd = reciprocal_root(sum_over_row(squares, row_threads, shared_memory<float>()) / static_cast<float>(args.H) + args.eps);
+  const float rstd = reciprocal_root(
+      sum_over_row(squares, row_threads, shared_memory<float>()) / static_cast<float>(args.H) + args.eps);
   if (first == 0) args.rstd[m] = rstd;
   for (int64_t h = first; h < args.H; h += step) {
     float values[width], factors[width];
@@ -261,7 +262,8 @@ __global__ void __launch_bounds__(threads) rms_norm_backward_kernel(RmsNormArgs 
     for (int j = 0; j < width; ++j) dot = fmaf(D[j] * factors[j], values[j], dot);
   }
   const float rstd = args.rstd[m];
-  const float along = rstd * (rstd * (sum_over_row(dot, row_threads, shared_memory<float>()) / static_cast<float>(args.H)));
+  const float along =
+      rstd * (rstd * (sum_over_row(dot, row_threads, shared_memory<float>()) / static_cast<float>(args.H)));
   for (int64_t h = first; h < args.H; h += step) {
     load<in_words>(x + h, args.H - h, values);
     load<in_words>(G + h, args.H - h, D);
@@ -321,15 +323,18 @@ constexpr int64_t shared_bytes = threads / lanes * sizeof(float);
 
 // ---- cross_entropy -----------------------------------------------------------------------------------------------
 
-// A capped logit is cap * t; t is the scaled logit itself where there is no cap.
+// A scaled and perhaps capped logit, and its derivative by the scaled one.
 struct Logit {
-  float scale, cap;
-  __device__ __forceinline__ float t(float logit) const {
-    return cap > 0.0f ? tanhf(scale * logit / cap) : scale * logit;
-  }
-  __device__ __forceinline__ float value(float t) const { return cap > 0.0f ? cap * t : t; }
-  __device__ __forceinline__ float slope(float t) const { return cap > 0.0f ? 1.0f - t * t : 1.0f; }
+  float value, slope;
 };
+__device__ __forceinline__ Logit logit_of(float logit, float scale, float cap) {
+  const float z = scale * logit;
+  if (cap <= 0.0f) return {z, 1.0f};
+  // 1 - tanh^2 of a tanh near 1 would be a few bits.
+  const float x = z / cap, size = fabsf(x), e = expf(-2.0f * size), sum = 1.0f + e;
+  const float t = size < 0.625f ? tanhf(x) : copysignf(1.0f - 2.0f * e / sum, x);
+  return {cap * t, size < 0.8f ? 1.0f - t * t : 4.0f * e / (sum * sum)};
+}
 
 // One pass reads the logits for the largest and the sum of the powers, another writes the gradient.
 template <class T, bool in_words>
@@ -338,17 +343,17 @@ __global__ void __launch_bounds__(threads) cross_entropy_kernel(CrossEntropyArgs
   constexpr int64_t step = threads * width;
   const int64_t m = blockIdx.x, first = threadIdx.x * width, target = args.targets[m];
   T* row = static_cast<T*>(args.logits) + m * args.ld;
-  const Logit logit{args.scale, args.cap};
+  const auto logit = [&](float x) { return logit_of(x, args.scale, args.cap); };
   const float infinity = bit_cast<float>(0x7f800000u);
   const bool hit = target >= 0 && target < args.V;
-  const float at_target = hit ? logit.value(logit.t(to_float(row[target]))) : bit_cast<float>(0x7fc00000u);
+  const float at_target = hit ? logit(to_float(row[target])).value : bit_cast<float>(0x7fc00000u);
   float largest = -infinity, total = 0;
   for (int64_t v = first; v < args.V; v += step) {
     float values[width], most = largest, sum = 0;
     load<in_words>(row + v, args.V - v, values);
 #pragma unroll
     for (int j = 0; j < width; ++j) {
-      values[j] = v + j < args.V ? logit.value(logit.t(values[j])) : -infinity;
+      values[j] = v + j < args.V ? logit(values[j]).value : -infinity;
       most = fmaxf(most, values[j]);
     }
     const float base = most > -infinity ? most : 0.0f;  // all that is there may be -inf
@@ -369,8 +374,8 @@ __global__ void __launch_bounds__(threads) cross_entropy_kernel(CrossEntropyArgs
     load<in_words>(row + v, args.V - v, values);
 #pragma unroll
     for (int j = 0; j < width; ++j) {
-      const float t = logit.t(values[j]);
-      values[j] = (share * expf(logit.value(t) - most) - (v + j == target ? weight : 0.0f)) * logit.slope(t);
+      const Logit z = logit(values[j]);
+      values[j] = (share * expf(z.value - most) - (v + j == target ? weight : 0.0f)) * z.slope;
     }
     store<in_words>(row + v, args.V - v, values);
   }
@@ -415,8 +420,8 @@ void cross_entropy(const CrossEntropyArgs& args, const Stream& stream) {
   const int64_t size = size_of(args.dtype);
   const bool words = fills_words(args.V, 16 / size, {Operand{args.logits, args.ld, size}});
   with_type(args.dtype, words, [&](auto zero, auto in_words) {
-    launch("cross_entropy", cross_entropy_kernel<decltype(zero), in_words.value>,
-           {static_cast<unsigned>(args.M), 1, 1}, threads, 2 * shared_bytes, stream, args);
+    launch("cross_entropy", cross_entropy_kernel<decltype(zero), in_words.value>, {static_cast<unsigned>(args.M), 1, 1},
+           threads, 2 * shared_bytes, stream, args);
   });
 }
 
