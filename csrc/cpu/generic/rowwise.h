@@ -200,7 +200,7 @@ void cross_entropy_of(const CrossEntropyArgs& args, int64_t begin, int64_t end) 
   const auto capped_value = [&](float z) { return capped ? cap * Tanh::value(within * z) : z; };
   // exp(x) for x <= 0; that of -inf is 0.
   const auto power = [](float x) { return x < -87.0f ? 0.0f : exponential(x); };
-  float of_logits[widened_at_once], z[widened_at_once], slope[widened_at_once];
+  float of_logits[widened_at_once], z[widened_at_once], most[widened_at_once], slope[widened_at_once];
   for (int64_t m = begin; m < end; ++m) {
     T* row = at<T>(args.logits, m * args.ld);
     // Calls body(v, count) for blocks of columns, with z = scale * logits.
@@ -213,7 +213,6 @@ void cross_entropy_of(const CrossEntropyArgs& args, int64_t begin, int64_t end) 
       }
     };
     // The cap keeps the order of the logits.
-    float* __restrict most = slope;
     std::fill(most, most + widened_at_once, lowest);
     over_blocks([&](int64_t, int64_t count) {
       for (int64_t j = 0; j < count; ++j) most[j] = z[j] > most[j] ? z[j] : most[j];
