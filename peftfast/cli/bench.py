@@ -233,7 +233,8 @@ def _draw_bars(path: Path, bars: dict[str, list[float]], title: str) -> None:
     axes.set_yticks(range(len(bars)), list(bars))
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    every = [value for values in bars.values() for value in values]
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(every) < 1000 * min(every) else (1,)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title(title, fontsize=10)
