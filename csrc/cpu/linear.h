@@ -63,7 +63,7 @@ DType product_dtype(DType out, DType wanted) {
 // The form that a product wants its X in.
 struct Form {
   DType dtype;
-  bool for_few, in_tiles;  // arranged for few rows of a 4-bit weight; in matrix tiles
+  bool for_few, in_tiles;  // arranged for few rows of a 4-bit weight; in matrix tiles, transposed
   int64_t row_bytes;       // 0: as it is
 };
 
@@ -83,7 +83,7 @@ Form form_of(LinearArgs& args, DType compute) {
   }
   const int64_t arranged = 4 * table().arranged_size(args.Q);
   form.for_few = fourbit && args.along_rows && arranged > 0;
-  form.in_tiles = args.tiles != MatrixTiles::none;
+  form.in_tiles = args.tiles == MatrixTiles::in_place;
   if (form.for_few)
     form.row_bytes = arranged;
   else if (form.in_tiles || form.dtype != args.out)
@@ -103,7 +103,7 @@ void bring_to_form(const Form& form, const LinearArgs& args, const void* source,
       source = rounded;
     }
     const int64_t inside = m % rows_in_tiles;
-    table().arrange_in_tiles(source, args.Q, args.tiles, inside, rows + (m - inside) * form.row_bytes);
+    table().arrange_in_tiles(source, args.Q, inside, rows + (m - inside) * form.row_bytes);
   } else if (form.for_few) {
     float* widened = scratch.floats(args.Q);
     convert(source, args.Q, form.dtype, widened);
@@ -138,7 +138,7 @@ void linear(std::vector<LinearArgs> list, DType compute, const Threads& threads)
       to += bytes_of(i);
       // Rows beyond the last are columns that nobody reads, but what they hold must not slow down sums.
       const int64_t beyond = list[i].M % rows_in_tiles;
-      if (list[i].tiles == MatrixTiles::in_place && beyond > 0)
+      if (forms[i].in_tiles && beyond > 0)
         std::memset(to - rows_in_tiles * forms[i].row_bytes, 0, rows_in_tiles * forms[i].row_bytes);
     }
     parallel_for_each(threads, conversions, [&](size_t i, int64_t begin, int64_t end) {
@@ -148,15 +148,16 @@ void linear(std::vector<LinearArgs> list, DType compute, const Threads& threads)
 
   // Rows are parted only to bound the memory of parked accumulators, or when there are too few panels to go round: each
   // part packs the panel again, which costs as much as some rows.
-  constexpr int64_t packing = 16, few_to_multiply = 64;
+  constexpr int64_t packing = 16, most_sums = 256 * 1024;
   std::vector<int64_t> columns, parts, rows;
   const auto strips = [&](size_t i, int64_t wide) { return list[i].M > 0 ? (list[i].P + wide - 1) / wide : 0; };
   int64_t all_panels = 0, all_strips = 0;
   for (size_t i = 0; i < list.size(); ++i) all_panels += strips(i, panel_columns);
   for (size_t i = 0; i < list.size(); ++i) {
-    int64_t wide = list[i].along_rows ? panel_columns : table().linear_columns[static_cast<int>(forms[i].dtype)];
-    // With few rows to multiply, packing is bound by reading W, whose rows lie pages apart: longer pieces of fewer.
-    if (list[i].tiles == MatrixTiles::packed && list[i].M <= few_to_multiply) wide *= 2;
+    int64_t wide = list[i].along_rows ? panel_columns : table().packed_columns[static_cast<int>(forms[i].dtype)];
+    // What is packed side by side shares a block of X and the pages of W, as far as L2 holds the sums of both.
+    const bool packed = !list[i].along_rows && !forms[i].in_tiles;
+    while (packed && 2 * wide * std::min<int64_t>(list[i].M, 2048) <= most_sums) wide *= 2;
     while (wide > panel_columns && all_panels * panel_columns < 2 * threads.count * wide) wide /= 2;
     columns.push_back(wide);
     all_strips += strips(i, wide);
@@ -167,7 +168,7 @@ void linear(std::vector<LinearArgs> list, DType compute, const Threads& threads)
     int64_t n = (M + 2047) / 2048;
     while (n * all_strips < 2 * threads.count && M / (n + 1) >= 192) ++n;
     parts.push_back(n);
-    rows.push_back(round_up((M + n - 1) / std::max<int64_t>(n, 1), forms[i].in_tiles ? rows_in_tiles : 12));
+    rows.push_back(round_up((M + n - 1) / std::max<int64_t>(n, 1), list[i].tiles != MatrixTiles::none ? rows_in_tiles : 12));
     shares.push_back({strips(i, columns[i]) * n, (rows.back() + packing) * (list[i].Q + 1)});
   }
   parallel_for_each(threads, shares, [&](size_t i, int64_t begin, int64_t end) {

@@ -137,7 +137,7 @@ struct Table {
   void (*transpose[dtype_count])(const TransposeArgs& args, int64_t begin, int64_t end);
   void (*down[dtype_count])(const DownArgs& args, int64_t row_begin, int64_t row_end);
   int64_t few_rows[dtype_count];        // with at most so many, packing a weight costs more than it saves
-  int64_t linear_columns[dtype_count];  // the most that `linear` gains by
+  int64_t packed_columns[dtype_count];  // of a weight, as many as `linear` packs at a time
   void (*linear[dtype_count])(const LinearArgs& args, int64_t column, int64_t columns, int64_t row_begin,
                               int64_t row_end);
   void (*outer[dtype_count])(const OuterArgs& args, int64_t column);
@@ -157,10 +157,10 @@ struct Table {
   // [arranged_size(Q)].
   int64_t (*arranged_size)(int64_t Q);  // 0: they are taken as they are
   void (*arrange)(const float* x, int64_t Q, bool bf16_codes, float* out);
-  // How a product in bf16 may run, and the arranging of one row of its X, the `row`th of the rows_in_tiles that start
+  // How a product in bf16 may run, and for one in place the arranging of a row of X, the `row`th of rows_in_tiles that start
   // at out, of Q elements each, rounded up to a multiple of 32.
   MatrixTiles (*matrix_tiles)(const LinearArgs& args);
-  void (*arrange_in_tiles)(const void* x, int64_t Q, MatrixTiles tiles, int64_t row, void* out);  // bf16
+  void (*arrange_in_tiles)(const void* x, int64_t Q, int64_t row, void* out);  // bf16
   void (*fourbit_quantize[dtype_count])(const FourBitQuantizeArgs& args, int64_t block_begin, int64_t block_end);
   void (*fourbit_dequantize[dtype_count])(const FourBitDequantizeArgs& args, int64_t begin, int64_t end);
   double (*flops_of_loop[dtype_count])(int64_t iterations);  // runs the loop and returns the FLOP it did

@@ -64,7 +64,7 @@ template <class S, class T>
 constexpr int64_t few_rows = in_matrix_tiles<S, T> ? 4 : 12;
 
 template <class S, class T>
-constexpr int64_t linear_columns = in_matrix_tiles<S, T> ? 4 * panel_columns : panel_columns;
+constexpr int64_t packed_columns = in_matrix_tiles<S, T> ? 4 * panel_columns : panel_columns;
 
 // One strip of Y. The register tile starts from the bias and the low-rank term and goes on through the reduction of the
 // base product, so that Y is written once. A reduction too long for the panel's share of L2 runs in blocks, with the
@@ -79,9 +79,9 @@ class LinearStrip {
         width_((columns_ + panel_columns - 1) / panel_columns * panel_columns) {}
 
   void run(int64_t row_begin, int64_t row_end) {
-    const int64_t most = panel_bytes / panel_columns / (sizeof(Panel) * Mode::panel_rows) * Mode::unit;
-    const int64_t block_size =
-        in_matrix_tiles<S, T> ? block_of_tiles * linear_columns<S, T> / std::max(width_, linear_columns<S, T>) : most;
+    const int64_t bytes = args_.reduction_contiguous ? panel_bytes : panel_bytes / 2;  // of fewer pages
+    const int64_t most = bytes / panel_columns / (sizeof(Panel) * Mode::panel_rows) * Mode::unit;
+    const int64_t block_size = in_matrix_tiles<S, T> ? block_of_tiles : most;
     const int64_t blocks = std::max<int64_t>(1, (args_.Q + block_size - 1) / block_size);
     const int64_t block = std::max<int64_t>(64, ((args_.Q + blocks - 1) / blocks + 63) / 64 * 64);
     const bool few = args_.along_rows, straight = down_columns<S, T>(args_);
@@ -92,7 +92,7 @@ class LinearStrip {
     const int64_t low_rank_floats = width_ * args_.R;
     const int64_t panel_floats = few || in_place ? 0
                                  : straight      ? rows * args_.Q
-                                                 : width_ * (block / Mode::unit + 1) * Mode::panel_rows;
+                                                 : std::min(width_, packed_columns<S, T>) * (block / Mode::unit + 1) * Mode::panel_rows;
     const int64_t words_floats = S::tile_rows * (width_ + random_slack<S>);
     const int64_t parked_floats = parked ? (rows + 15) / 16 * 16 * ld_parked() : 0;
     thread_local Scratch scratch;
@@ -121,14 +121,17 @@ class LinearStrip {
     for (int64_t q = 0; q < std::max<int64_t>(1, args_.Q); q += block) {
       const int64_t n = std::min(block, args_.Q - q);
       const bool first = q == 0, last = q + n >= args_.Q;
-      if constexpr (in_matrix_tiles<S, T>) {
-        products_in_tiles(row_begin, row_end, panel, q, n, first, last);
-      } else {
-        const int64_t subpanel = (n + Mode::unit - 1) / Mode::unit * Mode::panel_rows * NR;
-        if (n > 0) pack(q, n, panel, subpanel);  // a 4-bit weight of no elements has no scales to read
-        for_tiles(row_begin, row_end, [&](auto rows_of_tile, int64_t m, int64_t p) {
-          tile<rows_of_tile.value>(m, p, panel + p / NR * subpanel, q, n, first, last);
-        });
+      for (begin_ = 0; begin_ < columns_; begin_ = end_) {
+        end_ = std::min(begin_ + packed_columns<S, T>, columns_);
+        if constexpr (in_matrix_tiles<S, T>) {
+          products_in_tiles(row_begin, row_end, panel, q, n, first, last);
+        } else {
+          const int64_t subpanel = (n + Mode::unit - 1) / Mode::unit * Mode::panel_rows * NR;
+          if (n > 0) pack(q, n, panel, subpanel);  // a 4-bit weight of no elements has no scales to read
+          for_tiles(row_begin, row_end, [&](auto rows_of_tile, int64_t m, int64_t p) {
+            tile<rows_of_tile.value>(m, p, panel + (p - begin_) / NR * subpanel, q, n, first, last);
+          });
+        }
       }
     }
   }
@@ -139,7 +142,7 @@ class LinearStrip {
   using LowRank = Widened<S, float, float>;
   static constexpr int64_t NR = tile_columns<S>;
   static constexpr int64_t block_in_place = 512, rows_in_place = 512;  // of the reduction, of X
-  static constexpr int64_t block_of_tiles = 512;  // of the reduction, of a strip that is no wider than others
+  static constexpr int64_t block_of_tiles = 512;                       // of the reduction
 
   const T* X() const { return static_cast<const T*>(args_.X); }
   const T* W() const { return static_cast<const T*>(args_.W); }
@@ -148,16 +151,16 @@ class LinearStrip {
   int64_t ld_parked() const { return width_ + 16; }
 
   void pack(int64_t q, int64_t n, Panel* panel, int64_t subpanel) {
+    const int64_t column = column_ + begin_, columns = end_ - begin_;
     if (args_.fourbit && args_.reduction_contiguous)
-      pack_fourbit_transposed<Mode>(*args_.fourbit, args_.Q, args_.fourbit_row + column_, columns_, q, n, panel,
+      pack_fourbit_transposed<Mode>(*args_.fourbit, args_.Q, args_.fourbit_row + column, columns, q, n, panel,
                                     subpanel);
     else if (args_.fourbit)
-      pack_fourbit_straight<Mode>(*args_.fourbit, args_.P, column_, columns_, args_.fourbit_row + q, n, panel,
-                                  subpanel);
+      pack_fourbit_straight<Mode>(*args_.fourbit, args_.P, column, columns, args_.fourbit_row + q, n, panel, subpanel);
     else if (args_.reduction_contiguous)
-      pack_transposed<Mode>(W() + column_ * args_.ldw + q, args_.ldw, columns_, n, panel, subpanel);
+      pack_transposed<Mode>(W() + column * args_.ldw + q, args_.ldw, columns, n, panel, subpanel);
     else
-      pack_straight<Mode>(W() + q * args_.ldw + column_, args_.ldw, columns_, n, panel, subpanel);
+      pack_straight<Mode>(W() + q * args_.ldw + column, args_.ldw, columns, n, panel, subpanel);
   }
 
   template <class F>
@@ -165,7 +168,7 @@ class LinearStrip {
     for (int64_t m = row_begin; m < row_end; m += S::tile_rows) {
       const int64_t rows = std::min<int64_t>(S::tile_rows, row_end - m);
       with_rows<S::tile_rows>(rows, [&](auto n) {
-        for (int64_t p = 0; p < columns_; p += NR) f(n, m, p);
+        for (int64_t p = begin_; p < end_; p += NR) f(n, m, p);
       });
     }
   }
@@ -177,18 +180,22 @@ class LinearStrip {
     const int64_t steps = (n + depth - 1) / depth, subpanel = steps * (depth / 2) * Mode::columns;
     if (n > 0) pack(q, n, panel, subpanel);
     if (n % depth)
-      for (Panel* end = panel + subpanel; end <= panel + width_ / Mode::columns * subpanel; end += subpanel)
+      for (int64_t p = begin_; p < end_; p += Mode::columns) {
+        Panel* end = panel + ((p - begin_) / Mode::columns + 1) * subpanel;
         std::fill(end - subpanel + (n + 1) / 2 * Mode::columns, end, Panel{0});
+      }
     typename S::Tiles tiles;
+    alignas(64) T near[rows_in_tiles * block_of_tiles];
     for (int64_t m = row_begin; m < row_end; m += rows_in_tiles) {
       const int64_t rows = std::min(rows_in_tiles, row_end - m);
       if (first)
         for_tiles(m, m + rows, [&](auto r, int64_t i, int64_t p) { tile<r.value>(i, p, nullptr, 0, 0, true, false); });
-      const T* x = X() + m * ((args_.Q + depth - 1) / depth * depth) + q * rows_in_tiles;
-      for (int64_t p = 0; p < columns_ && steps > 0; p += Mode::columns) {
+      const int64_t ahead = m + rows < row_end ? rows * args_.ldx : n - (m - row_begin) * args_.ldx;
+      copy_runs({X() + m * args_.ldx + q, args_.ldx, depth, rows, n}, ahead, rows_in_tiles, near);
+      for (int64_t p = begin_; p < end_ && steps > 0; p += Mode::columns) {
         float* sums = parked_ + (m - row_begin_) * ld_parked() + p;
-        const Panel* w = panel + p / Mode::columns * subpanel;
-        rows > S::matrix_rows ? multiply<2>(tiles, x, w, steps, sums) : multiply<1>(tiles, x, w, steps, sums);
+        const Panel* w = panel + (p - begin_) / Mode::columns * subpanel;
+        rows > S::matrix_rows ? multiply<2>(tiles, near, w, steps, sums) : multiply<1>(tiles, near, w, steps, sums);
       }
       for (int64_t i = m; last && i < m + rows; ++i) store_row(i);
     }
@@ -259,7 +266,7 @@ class LinearStrip {
                          scales + p * runs + q / depth, ahead, near);
         else
           rows.w = W() + (column_ + p) * args_.ldw + q;
-        if (copied) copy_runs(rows, ahead, near);
+        if (copied) copy_runs(rows, ahead, rows.count, near);
         if (args_.fourbit || copied)
           rows = {near, depth, rows.count * depth, w_rows, (rows.elements + depth - 1) / depth * depth};
         for (int64_t g = 0; g < groups; ++g) {
@@ -285,24 +292,25 @@ class LinearStrip {
 
   int64_t first_code() const { return (args_.fourbit_row + column_) * args_.Q; }
 
-  // Rows of W, or of a block of it: `ldw` apart, their next 32 elements `step` further on.
+  // Rows of a matrix, or of a block of it: `ldw` apart, their next 32 elements `step` further on.
   struct Rows {
     const T* w;
     int64_t ldw, step, count, elements;
   };
 
-  // All rows' first 32 elements, then their next, with zeros beyond the last. What lies `ahead` is asked for.
-  void copy_runs(const Rows& rows, int64_t ahead, T* out) const {
+  // All rows' first 32 elements, then their next, with zeros beyond the last; in `out` those are `apart` rows apart. What
+  // lies `ahead` is asked for.
+  void copy_runs(const Rows& rows, int64_t ahead, int64_t apart, T* out) const {
     constexpr int64_t depth = S::matrix_depth;
     for (int64_t i = 0; i < rows.count; ++i, out += depth) {
       const T* w = rows.w + i * rows.ldw;
       prefetch_row(hidden(w) + ahead, rows.elements);
       int64_t k = 0;
-      for (; k + depth <= rows.elements; k += depth) S::store_pairs(out + k * rows.count, S::load_pairs(w + k));
+      for (; k + depth <= rows.elements; k += depth) S::store_pairs(out + k * apart, S::load_pairs(w + k));
       if (k == rows.elements) continue;
       T last[depth] = {};
       std::memcpy(last, w + k, (rows.elements - k) * sizeof(T));
-      S::store_pairs(out + k * rows.count, S::load_pairs(last));
+      S::store_pairs(out + k * apart, S::load_pairs(last));
     }
   }
 
@@ -474,8 +482,8 @@ class LinearStrip {
     uint32_t* buffer = words_ + i * (width_ + random_slack<S>);
     const int64_t first = (args_.first_row + m + i) * args_.P + column_;
     if (args_.dropout.segment_count > 1) return random_words<S>(args_.dropout, segment, first + p, NR, buffer);
-    if (p == 0) row_words_[i] = random_words<S>(args_.dropout, segment, first, width_, buffer);
-    return row_words_[i] + p;
+    if (p == begin_) row_words_[i] = random_words<S>(args_.dropout, segment, first + p, (end_ - p + NR - 1) / NR * NR, buffer);
+    return row_words_[i] + p - begin_;
   }
 
   // Few rows, reduction contiguous: nothing is packed. Eight rows of W stay in L1 and L2 while all rows of X meet them.
@@ -509,7 +517,9 @@ class LinearStrip {
     });
   }
 
-  void store_row(int64_t m) { store_columns(parked_ + (m - row_begin_) * ld_parked(), m, 0, columns_); }
+  void store_row(int64_t m) {
+    store_columns(parked_ + (m - row_begin_) * ld_parked() + begin_, m, begin_, end_ - begin_);
+  }
 
   // `count` elements of Y's row m from column p of the panel on; `values` may be read to the end of a vector.
   void store_columns(const float* values, int64_t m, int64_t p, int64_t count) {
@@ -531,6 +541,7 @@ class LinearStrip {
 
   const LinearArgs& args_;
   const int64_t column_, columns_, width_;  // width_: columns_, rounded up to whole panels
+  int64_t begin_ = 0, end_ = columns_;      // of the strip, the columns that are packed
   int64_t row_begin_ = 0;
   float* low_rank_ = nullptr;  // this strip of L, in sub-panels
   float* parked_ = nullptr;    // [rows, ld_parked()]
@@ -539,23 +550,18 @@ class LinearStrip {
   float before_[S::tile_rows * NR];  // accumulators set aside while another adapter's term is made
 };
 
-// One row of X [Q] to its places among rows_in_tiles rows: for each step of the reduction, two tiles. Of X they have
-// the row's elements beside each other; of X transposed, where it meets W in place, pairs of them above each other.
+// One row of X [Q] to its places among rows_in_tiles rows of X transposed, for W in place: for each step of the
+// reduction two tiles, with pairs of the row's elements above each other.
 template <class S>
-void arrange_in_tiles(const void* x, int64_t Q, MatrixTiles tiles, int64_t row, void* out) {
+void arrange_in_tiles(const void* x, int64_t Q, int64_t row, void* out) {
   if constexpr (S::has_matrix_tiles) {
     constexpr int64_t depth = S::matrix_depth, tile = S::matrix_rows * depth;
-    const bool transposed = tiles == MatrixTiles::in_place;
-    bf16* to =
-        static_cast<bf16*>(out) + (transposed ? row / S::matrix_rows * tile + row % S::matrix_rows * 2 : row * depth);
+    bf16* to = static_cast<bf16*>(out) + row / S::matrix_rows * tile + row % S::matrix_rows * 2;
     for (int64_t q = 0; q < Q; q += depth, to += 2 * tile) {
       bf16 pairs[depth] = {};
       const bf16* from = static_cast<const bf16*>(x) + q;
       if (q + depth > Q) from = static_cast<bf16*>(std::memcpy(pairs, from, (Q - q) * sizeof(bf16)));
-      if (transposed)
-        for (int64_t k = 0; k < depth; k += 2) std::memcpy(to + k * S::matrix_rows, from + k, 2 * sizeof(bf16));
-      else
-        S::store_pairs(to, S::load_pairs(from));
+      for (int64_t k = 0; k < depth; k += 2) std::memcpy(to + k * S::matrix_rows, from + k, 2 * sizeof(bf16));
     }
   }
 }

@@ -205,7 +205,7 @@ constexpr Table make_table() {
       {transpose<S, float>, transpose<S, bf16>, transpose<S, f16>},
       {down<S, float>, down<S, bf16>, down<S, f16>},
       {few_rows<S, float>, few_rows<S, bf16>, few_rows<S, f16>},
-      {linear_columns<S, float>, linear_columns<S, bf16>, linear_columns<S, f16>},
+      {packed_columns<S, float>, packed_columns<S, bf16>, packed_columns<S, f16>},
       {linear<S, float>, linear<S, bf16>, linear<S, f16>},
       {outer<S, float>, outer<S, bf16>, outer<S, f16>},
       {convert<S, float>, convert<S, bf16>, convert<S, f16>},
