@@ -153,11 +153,16 @@ void linear(std::vector<LinearArgs> list, DType compute, const Threads& threads)
   const auto strips = [&](size_t i, int64_t wide) { return list[i].M > 0 ? (list[i].P + wide - 1) / wide : 0; };
   int64_t all_panels = 0, all_strips = 0;
   for (size_t i = 0; i < list.size(); ++i) all_panels += strips(i, panel_columns);
+  const auto evenly = [&](int64_t wide) {
+    const int64_t n = all_panels * panel_columns / wide, count = std::max(threads.count, 1);
+    return n % count == 0 || n >= 8 * count;
+  };
   for (size_t i = 0; i < list.size(); ++i) {
     int64_t wide = list[i].along_rows ? panel_columns : table().packed_columns[static_cast<int>(forms[i].dtype)];
-    // What is packed side by side shares a block of X and the pages of W, as far as L2 holds the sums of both.
+    // Panels of one strip share a block of X and the pages of W: as many as L2 holds the sums of.
     const bool packed = !list[i].along_rows && !forms[i].in_tiles;
-    while (packed && 2 * wide * std::min<int64_t>(list[i].M, 2048) <= most_sums) wide *= 2;
+    const int64_t most = most_sums / std::clamp<int64_t>(list[i].M, 1, 2048);
+    while (packed && 2 * wide <= std::min(most, list[i].P) && evenly(2 * wide)) wide *= 2;
     while (wide > panel_columns && all_panels * panel_columns < 2 * threads.count * wide) wide /= 2;
     columns.push_back(wide);
     all_strips += strips(i, wide);
@@ -168,7 +173,8 @@ void linear(std::vector<LinearArgs> list, DType compute, const Threads& threads)
     int64_t n = (M + 2047) / 2048;
     while (n * all_strips < 2 * threads.count && M / (n + 1) >= 192) ++n;
     parts.push_back(n);
-    rows.push_back(round_up((M + n - 1) / std::max<int64_t>(n, 1), list[i].tiles != MatrixTiles::none ? rows_in_tiles : 12));
+    rows.push_back(
+        round_up((M + n - 1) / std::max<int64_t>(n, 1), list[i].tiles != MatrixTiles::none ? rows_in_tiles : 12));
     shares.push_back({strips(i, columns[i]) * n, (rows.back() + packing) * (list[i].Q + 1)});
   }
   parallel_for_each(threads, shares, [&](size_t i, int64_t begin, int64_t end) {

@@ -157,8 +157,8 @@ struct Table {
   // [arranged_size(Q)].
   int64_t (*arranged_size)(int64_t Q);  // 0: they are taken as they are
   void (*arrange)(const float* x, int64_t Q, bool bf16_codes, float* out);
-  // How a product in bf16 may run, and for one in place the arranging of a row of X, the `row`th of rows_in_tiles that start
-  // at out, of Q elements each, rounded up to a multiple of 32.
+  // How a product in bf16 may run, and, for one in place, the arranging of a row of X, the `row`th of the rows_in_tiles
+  // that start at out, of Q elements each, rounded up to a multiple of 32.
   MatrixTiles (*matrix_tiles)(const LinearArgs& args);
   void (*arrange_in_tiles)(const void* x, int64_t Q, int64_t row, void* out);  // bf16
   void (*fourbit_quantize[dtype_count])(const FourBitQuantizeArgs& args, int64_t block_begin, int64_t block_end);

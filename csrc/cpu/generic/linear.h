@@ -3,13 +3,13 @@
 // multiply so much faster than L2 delivers that loops are cut for them alone. Where the reduction runs down W's
 // columns:
 //
-//                      strip of 256 columns
+//                      256 columns
 //                 ┌───────────────────────────┐
 //                 │       packed W            │ 512     in L2, for all rows
 //        512      ├──────┬──────┬──────┬──────┤
 //      ┌───────┐  │ 2x2  │      │      │      │
-//   32 │   X   │  │matrix│  ->  │  ->  │      │         a block of X, arranged in tiles, stays in L1 while the
-//      └───────┘  │tiles │      │      │      │         columns go by; sums are parked in fp32 between blocks
+//   32 │   X   │  │matrix│  ->  │  ->  │      │         a block of X, copied to tiles, stays in L1 while the columns
+//      └───────┘  │tiles │      │      │      │         go by; sums are parked in fp32 between blocks
 //                 └──────┴──────┴──────┴──────┘
 //
 // Where it runs along W's rows, nothing is packed: Y^T = W X^T, "in place", with rows of W as they lie as the left
@@ -68,7 +68,8 @@ constexpr int64_t packed_columns = in_matrix_tiles<S, T> ? 4 * panel_columns : p
 
 // One strip of Y. The register tile starts from the bias and the low-rank term and goes on through the reduction of the
 // base product, so that Y is written once. A reduction too long for the panel's share of L2 runs in blocks, with the
-// accumulators parked in fp32 between them.
+// accumulators parked in fp32 between them. A strip may be several panels wide: in a block they come one after another,
+// and share the rows of X and the pages of W that it takes.
 template <class S, class T>
 class LinearStrip {
  public:
@@ -79,7 +80,8 @@ class LinearStrip {
         width_((columns_ + panel_columns - 1) / panel_columns * panel_columns) {}
 
   void run(int64_t row_begin, int64_t row_end) {
-    const int64_t bytes = args_.reduction_contiguous ? panel_bytes : panel_bytes / 2;  // of fewer pages
+    // Down W's columns each element is on another page: so many that the TLB still has them for the next panel.
+    const int64_t bytes = args_.reduction_contiguous ? panel_bytes : panel_bytes / 2;
     const int64_t most = bytes / panel_columns / (sizeof(Panel) * Mode::panel_rows) * Mode::unit;
     const int64_t block_size = in_matrix_tiles<S, T> ? block_of_tiles : most;
     const int64_t blocks = std::max<int64_t>(1, (args_.Q + block_size - 1) / block_size);
@@ -90,9 +92,10 @@ class LinearStrip {
     const int64_t rows = row_end - row_begin;
 
     const int64_t low_rank_floats = width_ * args_.R;
-    const int64_t panel_floats = few || in_place ? 0
-                                 : straight      ? rows * args_.Q
-                                                 : std::min(width_, packed_columns<S, T>) * (block / Mode::unit + 1) * Mode::panel_rows;
+    const int64_t panel_floats =
+        few || in_place ? 0
+        : straight      ? rows * args_.Q
+                        : std::min(width_, packed_columns<S, T>) * (block / Mode::unit + 1) * Mode::panel_rows;
     const int64_t words_floats = S::tile_rows * (width_ + random_slack<S>);
     const int64_t parked_floats = parked ? (rows + 15) / 16 * 16 * ld_parked() : 0;
     thread_local Scratch scratch;
@@ -298,8 +301,8 @@ class LinearStrip {
     int64_t ldw, step, count, elements;
   };
 
-  // All rows' first 32 elements, then their next, with zeros beyond the last; in `out` those are `apart` rows apart. What
-  // lies `ahead` is asked for.
+  // All rows' first 32 elements, then their next, with zeros beyond the last; in `out` those are `apart` rows apart.
+  // What lies `ahead` is asked for.
   void copy_runs(const Rows& rows, int64_t ahead, int64_t apart, T* out) const {
     constexpr int64_t depth = S::matrix_depth;
     for (int64_t i = 0; i < rows.count; ++i, out += depth) {
@@ -482,7 +485,8 @@ class LinearStrip {
     uint32_t* buffer = words_ + i * (width_ + random_slack<S>);
     const int64_t first = (args_.first_row + m + i) * args_.P + column_;
     if (args_.dropout.segment_count > 1) return random_words<S>(args_.dropout, segment, first + p, NR, buffer);
-    if (p == begin_) row_words_[i] = random_words<S>(args_.dropout, segment, first + p, (end_ - p + NR - 1) / NR * NR, buffer);
+    if (p == begin_)
+      row_words_[i] = random_words<S>(args_.dropout, segment, first + p, (end_ - p + NR - 1) / NR * NR, buffer);
     return row_words_[i] + p - begin_;
   }
 
