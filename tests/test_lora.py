@@ -44,9 +44,10 @@ SHAPES = [  # M, K, N, rank
     (64, 127, 40, 70),
     (131, 300, 96, 24),
 ]
-LARGE = [  # past the blocks of rows, of K and of N; the top rank
+LARGE = [  # past the blocks of rows, of K and of N, of K and N together; the top rank
     (600, 96, 80, 32),
     (2101, 24, 65, 4),
+    (13, 1030, 1030, 4),
     (130, 1100, 40, 8),
     (30, 5000, 70, 32),
     (30, 70, 5000, 32),
@@ -617,7 +618,7 @@ def test_no_grad_saves_nothing():
 @pytest.mark.every_isa
 @pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
 @pytest.mark.parametrize(
-    "shape", [(1, 900, 700, 16), (131, 257, 130, 16), (300, 64, 33, 70), *LARGE[:2]], ids=name_of
+    "shape", [(1, 900, 700, 16), (131, 257, 130, 16), (300, 64, 33, 70), *LARGE[:3]], ids=name_of
 )
 @by_dtype
 def test_equal_bits_for_any_number_of_threads(shape, dtypes, transposed):
