@@ -148,7 +148,7 @@ void linear(std::vector<LinearArgs> list, DType compute, const Threads& threads)
 
   // Rows are parted only to bound the memory of parked accumulators, or when there are too few panels to go round: each
   // part packs the panel again, which costs as much as some rows.
-  constexpr int64_t packing = 16, most_sums = 256 * 1024;  // rows; a strip's parked accumulators, 1 MiB of them
+  constexpr int64_t packing = 24, most_sums = 256 * 1024;  // rows; a strip's parked accumulators, 1 MiB of them
   std::vector<int64_t> columns, parts, rows;
   const auto strips = [&](size_t i, int64_t wide) { return list[i].M > 0 ? (list[i].P + wide - 1) / wide : 0; };
   int64_t all_panels = 0, all_strips = 0;
@@ -175,7 +175,7 @@ void linear(std::vector<LinearArgs> list, DType compute, const Threads& threads)
     parts.push_back(n);
     rows.push_back(
         round_up((M + n - 1) / std::max<int64_t>(n, 1), list[i].tiles != MatrixTiles::none ? rows_in_tiles : 12));
-    shares.push_back({strips(i, columns[i]) * n, (rows.back() + packing) * (list[i].Q + 1)});
+    shares.push_back({strips(i, columns[i]) * n, (rows.back() + packing) * (list[i].Q + 1) * columns[i]});
   }
   parallel_for_each(threads, shares, [&](size_t i, int64_t begin, int64_t end) {
     const LinearArgs& args = list[i];
@@ -190,6 +190,7 @@ void linear(std::vector<LinearArgs> list, DType compute, const Threads& threads)
 
 // D = V^T dropout(X) of each. Those with the same D follow one another, and all but the first accumulate.
 void outer(const std::vector<OuterArgs>& list, DType dtype, const Threads& threads) {
+  constexpr int64_t together = 4;  // panels: each row of X is on another page, and worth a visit for so many
   std::vector<size_t> firsts;
   std::vector<Share> shares;
   for (size_t i = 0; i < list.size(); ++i) {
@@ -201,9 +202,11 @@ void outer(const std::vector<OuterArgs>& list, DType dtype, const Threads& threa
   }
   firsts.push_back(list.size());
   parallel_for_each(threads, shares, [&](size_t s, int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; ++panel)
-      for (size_t i = firsts[s]; i < firsts[s + 1]; ++i)
-        table().outer[static_cast<int>(dtype)](list[i], panel * panel_columns);
+    for (int64_t panel = begin; panel < end; panel += together)
+      for (size_t i = firsts[s]; i < firsts[s + 1]; ++i) {
+        const int64_t column = panel * panel_columns, most = std::min(end - panel, together) * panel_columns;
+        table().outer[static_cast<int>(dtype)](list[i], column, std::min(most, list[i].P - column));
+      }
   });
 }
 

@@ -147,25 +147,24 @@ struct Avx2 {
     return _mm256_srli_epi32(x, n);
   }
   PEFTFAST_INLINE static U words(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
-  PEFTFAST_INLINE static U counting_from(uint32_t x) {
-    return _mm256_add_epi32(words(x), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  using Wide = __m256i;
+  static constexpr int wide_width = 4;
+  PEFTFAST_INLINE static Wide wide(uint32_t x) { return words(x); }
+  PEFTFAST_INLINE static Wide wide_counting_from(uint32_t x) {
+    return _mm256_add_epi32(words(x), _mm256_setr_epi32(0, 0, 1, 0, 2, 0, 3, 0));
   }
-  PEFTFAST_INLINE static U exclusive_or(U a, U b) { return _mm256_xor_si256(a, b); }
-  PEFTFAST_INLINE static void multiply(U a, uint32_t b, U& high, U& low) {
-    const U even = _mm256_mul_epu32(a, words(b)), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), words(b));
-    high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
-    low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+  PEFTFAST_INLINE static Wide multiply(Wide a, Wide b) { return _mm256_mul_epu32(a, b); }
+  PEFTFAST_INLINE static Wide upper(Wide x) { return _mm256_srli_epi64(x, 32); }
+  PEFTFAST_INLINE static Wide exclusive_or(Wide a, Wide b, Wide c) {
+    return _mm256_xor_si256(_mm256_xor_si256(a, b), c);
   }
-  PEFTFAST_INLINE static void store_interleaved(uint32_t* p, U a, U b, U c, U d) {
-    const U ab_low = _mm256_unpacklo_epi32(a, b), ab_high = _mm256_unpackhi_epi32(a, b);
-    const U cd_low = _mm256_unpacklo_epi32(c, d), cd_high = _mm256_unpackhi_epi32(c, d);
-    const U lane0 = _mm256_unpacklo_epi64(ab_low, cd_low), lane1 = _mm256_unpackhi_epi64(ab_low, cd_low);
-    const U lane2 = _mm256_unpacklo_epi64(ab_high, cd_high), lane3 = _mm256_unpackhi_epi64(ab_high, cd_high);
-    U* q = reinterpret_cast<U*>(p);
-    _mm256_storeu_si256(q + 0, _mm256_permute2x128_si256(lane0, lane1, 0x20));
-    _mm256_storeu_si256(q + 1, _mm256_permute2x128_si256(lane2, lane3, 0x20));
-    _mm256_storeu_si256(q + 2, _mm256_permute2x128_si256(lane0, lane1, 0x31));
-    _mm256_storeu_si256(q + 3, _mm256_permute2x128_si256(lane2, lane3, 0x31));
+  PEFTFAST_INLINE static void store_interleaved(uint32_t* p, Wide a, Wide b, Wide c, Wide d) {
+    const Wide ab = _mm256_blend_epi32(a, _mm256_slli_epi64(b, 32), 0xaa);
+    const Wide cd = _mm256_blend_epi32(c, _mm256_slli_epi64(d, 32), 0xaa);
+    const Wide even = _mm256_unpacklo_epi64(ab, cd), odd = _mm256_unpackhi_epi64(ab, cd);  // lanes 0 and 2, 1 and 3
+    Wide* q = reinterpret_cast<Wide*>(p);
+    _mm256_storeu_si256(q, _mm256_permute2x128_si256(even, odd, 0x20));
+    _mm256_storeu_si256(q + 1, _mm256_permute2x128_si256(even, odd, 0x31));
   }
 
  private:

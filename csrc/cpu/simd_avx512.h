@@ -132,28 +132,22 @@ struct Avx512 {
     return _mm512_srli_epi32(x, n);
   }
   PEFTFAST_INLINE static U words(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
-  PEFTFAST_INLINE static U counting_from(uint32_t x) {
-    return _mm512_add_epi32(words(x), _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+  using Wide = __m512i;
+  static constexpr int wide_width = 8;
+  PEFTFAST_INLINE static Wide wide(uint32_t x) { return words(x); }
+  PEFTFAST_INLINE static Wide wide_counting_from(uint32_t x) {
+    return _mm512_add_epi32(words(x), _mm512_set_epi32(0, 7, 0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0));
   }
-  PEFTFAST_INLINE static U exclusive_or(U a, U b) { return _mm512_xor_si512(a, b); }
-  PEFTFAST_INLINE static void multiply(U a, uint32_t b, U& high, U& low) {
-    const U even = _mm512_mul_epu32(a, words(b)), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), words(b));
-    high = _mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
-    low = _mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
-  }
-  PEFTFAST_INLINE static void store_interleaved(uint32_t* p, U a, U b, U c, U d) {
-    const U ab_low = _mm512_unpacklo_epi32(a, b), ab_high = _mm512_unpackhi_epi32(a, b);
-    const U cd_low = _mm512_unpacklo_epi32(c, d), cd_high = _mm512_unpackhi_epi32(c, d);
-    // Vector i holds lanes i, i + 4, i + 8, i + 12: a 4 x 4 transpose of 128-bit blocks puts them in order.
-    const U v0 = _mm512_unpacklo_epi64(ab_low, cd_low), v1 = _mm512_unpackhi_epi64(ab_low, cd_low);
-    const U v2 = _mm512_unpacklo_epi64(ab_high, cd_high), v3 = _mm512_unpackhi_epi64(ab_high, cd_high);
-    const U w0 = _mm512_shuffle_i32x4(v0, v1, 0x88), w1 = _mm512_shuffle_i32x4(v0, v1, 0xdd);
-    const U w2 = _mm512_shuffle_i32x4(v2, v3, 0x88), w3 = _mm512_shuffle_i32x4(v2, v3, 0xdd);
-    // w0 = lanes 0 8 1 9, w1 = 4 12 5 13, w2 = 2 10 3 11, w3 = 6 14 7 15 (128-bit blocks).
-    _mm512_storeu_si512(p, _mm512_shuffle_i32x4(w0, w2, 0x88));
-    _mm512_storeu_si512(p + 16, _mm512_shuffle_i32x4(w1, w3, 0x88));
-    _mm512_storeu_si512(p + 32, _mm512_shuffle_i32x4(w0, w2, 0xdd));
-    _mm512_storeu_si512(p + 48, _mm512_shuffle_i32x4(w1, w3, 0xdd));
+  PEFTFAST_INLINE static Wide multiply(Wide a, Wide b) { return _mm512_mul_epu32(a, b); }
+  PEFTFAST_INLINE static Wide upper(Wide x) { return _mm512_srli_epi64(x, 32); }
+  PEFTFAST_INLINE static Wide exclusive_or(Wide a, Wide b, Wide c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
+  PEFTFAST_INLINE static void store_interleaved(uint32_t* p, Wide a, Wide b, Wide c, Wide d) {
+    const Wide ab = _mm512_mask_mov_epi32(a, 0xaaaa, _mm512_slli_epi64(b, 32));
+    const Wide cd = _mm512_mask_mov_epi32(c, 0xaaaa, _mm512_slli_epi64(d, 32));
+    const Wide first = _mm512_set_epi64(11, 3, 10, 2, 9, 1, 8, 0),
+               second = _mm512_set_epi64(15, 7, 14, 6, 13, 5, 12, 4);
+    _mm512_storeu_si512(p, _mm512_permutex2var_epi64(ab, first, cd));
+    _mm512_storeu_si512(p + 16, _mm512_permutex2var_epi64(ab, second, cd));
   }
 
  protected:

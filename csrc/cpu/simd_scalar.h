@@ -70,16 +70,19 @@ struct Scalar {
   PEFTFAST_INLINE static U shift_right(U x) {
     return x >> n;
   }
-  PEFTFAST_INLINE static U counting_from(uint32_t x) { return x; }  // x, x + 1, ...
-  PEFTFAST_INLINE static U exclusive_or(U a, U b) { return a ^ b; }
-  PEFTFAST_INLINE static void multiply(U a, uint32_t b, U& high, U& low) {
-    const uint64_t product = static_cast<uint64_t>(a) * b;
-    high = static_cast<uint32_t>(product >> 32);
-    low = static_cast<uint32_t>(product);
-  }
+  // Words that are multiplied into products twice as wide: each is the lower half of a lane of its own, and what the
+  // upper halves hold is not said.
+  using Wide = uint64_t;
+  static constexpr int wide_width = 1;
+  PEFTFAST_INLINE static Wide wide(uint32_t x) { return x; }
+  PEFTFAST_INLINE static Wide wide_counting_from(uint32_t x) { return x; }  // x, x + 1, ...
+  PEFTFAST_INLINE static Wide multiply(Wide a, Wide b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }
+  PEFTFAST_INLINE static Wide upper(Wide x) { return x >> 32; }
+  PEFTFAST_INLINE static Wide exclusive_or(Wide a, Wide b, Wide c) { return a ^ b ^ c; }
   // Four words of each lane, lane after lane.
-  PEFTFAST_INLINE static void store_interleaved(uint32_t* p, U a, U b, U c, U d) {
-    p[0] = a, p[1] = b, p[2] = c, p[3] = d;
+  PEFTFAST_INLINE static void store_interleaved(uint32_t* p, Wide a, Wide b, Wide c, Wide d) {
+    p[0] = static_cast<uint32_t>(a), p[1] = static_cast<uint32_t>(b);
+    p[2] = static_cast<uint32_t>(c), p[3] = static_cast<uint32_t>(d);
   }
 };
 

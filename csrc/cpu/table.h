@@ -95,7 +95,8 @@ struct LinearArgs {
   Addend addends[2];  // not beside a 4-bit W
 };
 
-// D = V^T dropout(norm(X)), for the panel of columns that starts at `column`. Each segment writes to its own gradient.
+// D = V^T dropout(norm(X)), for `columns` columns from `column` on, a multiple of panel_columns. Each segment writes to
+// its own gradient.
 struct OuterArgs {
   const float* V;  // [M, R]
   int64_t R;
@@ -140,7 +141,7 @@ struct Table {
   int64_t packed_columns[dtype_count];  // of a weight, as many as `linear` packs at a time
   void (*linear[dtype_count])(const LinearArgs& args, int64_t column, int64_t columns, int64_t row_begin,
                               int64_t row_end);
-  void (*outer[dtype_count])(const OuterArgs& args, int64_t column);
+  void (*outer[dtype_count])(const OuterArgs& args, int64_t column, int64_t columns);
   void (*convert[dtype_count])(const void* x, int64_t count, DType to, void* out);  // to f32 or bf16
   void (*combine[dtype_count])(const CombineArgs& args, int64_t token_begin, int64_t token_end);
   void (*combine_backward[dtype_count])(const CombineBackwardArgs& args, int64_t token_begin, int64_t token_end);

@@ -80,9 +80,8 @@ class LinearStrip {
         width_((columns_ + panel_columns - 1) / panel_columns * panel_columns) {}
 
   void run(int64_t row_begin, int64_t row_end) {
-    // Down W's columns each element is on another page: so many that the TLB still has them for the next panel.
-    const int64_t bytes = args_.reduction_contiguous ? panel_bytes : panel_bytes / 2;
-    const int64_t most = bytes / panel_columns / (sizeof(Panel) * Mode::panel_rows) * Mode::unit;
+    const int64_t at_once = packed_at_once();
+    const int64_t most = panel_bytes / at_once / (sizeof(Panel) * Mode::panel_rows) * Mode::unit;
     const int64_t block_size = in_matrix_tiles<S, T> ? block_of_tiles : most;
     const int64_t blocks = std::max<int64_t>(1, (args_.Q + block_size - 1) / block_size);
     const int64_t block = std::max<int64_t>(64, ((args_.Q + blocks - 1) / blocks + 63) / 64 * 64);
@@ -92,10 +91,9 @@ class LinearStrip {
     const int64_t rows = row_end - row_begin;
 
     const int64_t low_rank_floats = width_ * args_.R;
-    const int64_t panel_floats =
-        few || in_place ? 0
-        : straight      ? rows * args_.Q
-                        : std::min(width_, packed_columns<S, T>) * (block / Mode::unit + 1) * Mode::panel_rows;
+    const int64_t panel_floats = few || in_place ? 0
+                                 : straight ? rows * args_.Q
+                                            : std::min(width_, at_once) * (block / Mode::unit + 1) * Mode::panel_rows;
     const int64_t words_floats = S::tile_rows * (width_ + random_slack<S>);
     const int64_t parked_floats = parked ? (rows + 15) / 16 * 16 * ld_parked() : 0;
     thread_local Scratch scratch;
@@ -125,7 +123,7 @@ class LinearStrip {
       const int64_t n = std::min(block, args_.Q - q);
       const bool first = q == 0, last = q + n >= args_.Q;
       for (begin_ = 0; begin_ < columns_; begin_ = end_) {
-        end_ = std::min(begin_ + packed_columns<S, T>, columns_);
+        end_ = std::min(begin_ + at_once, columns_);
         if constexpr (in_matrix_tiles<S, T>) {
           products_in_tiles(row_begin, row_end, panel, q, n, first, last);
         } else {
@@ -149,6 +147,12 @@ class LinearStrip {
 
   const T* X() const { return static_cast<const T*>(args_.X); }
   const T* W() const { return static_cast<const T*>(args_.W); }
+
+  // Columns to pack together. Down W's columns each element is on another page, and worth a visit for 512 bytes.
+  int64_t packed_at_once() const {
+    if (in_matrix_tiles<S, T> || args_.reduction_contiguous) return packed_columns<S, T>;
+    return args_.fourbit ? 2 * panel_columns : 512 / static_cast<int64_t>(sizeof(T));
+  }
 
   // A line more than a row: a tile's rows a power of two apart would share too few sets of the caches.
   int64_t ld_parked() const { return width_ + 16; }

@@ -99,18 +99,19 @@ void down(const DownArgs& args, int64_t row_begin, int64_t row_end) {
   }
 }
 
-// D = V^T dropout(norm(X)), one panel of columns over all rows. X is the panel here, packed, widened, normalized and
+// D = V^T dropout(norm(X)), some panels of columns over all rows. X is the panel here, packed, widened, normalized and
 // dropped a block of rows at a time; the ranks are the rows of the tile.
 template <class S, class T>
-void outer(const OuterArgs& args, int64_t column) {
+void outer(const OuterArgs& args, int64_t column, int64_t columns) {
   using Mode = Widened<S, float, float>;
   constexpr int64_t block = 256, NR = tile_columns<S>;
   constexpr int64_t rows_in_chain = 32;  // MKL's sums on AVX2 are as exact as that
-  const int64_t columns = std::min(panel_columns, args.P - column);
+  const int64_t width = (columns + NR - 1) / NR * NR;
   thread_local Scratch scratch;
-  float* panel = scratch.floats((block + args.R) * panel_columns);
-  float* sums = panel + block * panel_columns;  // [R, panel_columns]
-  std::fill(sums, sums + args.R * panel_columns, 0.0f);
+  float* panel = scratch.floats((block + args.R) * width + width + random_slack<S>);
+  float* sums = panel + block * width;  // [R, width]
+  uint32_t* buffer = reinterpret_cast<uint32_t*>(sums + args.R * width);
+  std::fill(sums, sums + args.R * width, 0.0f);
   const T* X = static_cast<const T*>(args.X) + column;
   for (int64_t m = 0; m < args.M; m += block) {
     const int64_t rows = std::min(block, args.M - m);
@@ -124,9 +125,8 @@ void outer(const OuterArgs& args, int64_t column) {
               normalize<S>(args.norm.mean[m + i], args.norm.rstd[m + i], NR, panel + (p / NR * block + i) * NR);
         if (segment.threshold)
           for (int64_t i = 0; i < rows; ++i) {
-            uint32_t buffer[panel_columns + random_slack<S>];
-            const uint32_t* words = random_words<S>(args.dropout, segment, (args.first_row + m + i) * args.P + column,
-                                                    panel_columns, buffer);
+            const uint32_t* words =
+                random_words<S>(args.dropout, segment, (args.first_row + m + i) * args.P + column, width, buffer);
             for (int64_t p = 0; p < columns; p += S::width) {
               float* x = panel + p / NR * (block * NR) + i * NR + p % NR;
               S::store(x, S::keep(S::load(x), words + p, segment.threshold));
@@ -137,11 +137,11 @@ void outer(const OuterArgs& args, int64_t column) {
         for (int64_t j = segment.begin; j < segment.end; j += S::tile_rows)
           with_rows<S::tile_rows>(std::min<int64_t>(S::tile_rows, segment.end - j), [&](auto n) {
             Accumulators<S, n.value> c;
-            float* sum = sums + j * panel_columns + p;
-            load_tile<S, n.value>(c, sum, panel_columns);
+            float* sum = sums + j * width + p;
+            load_tile<S, n.value>(c, sum, width);
             multiply_add_in_chains<Mode, n.value>(c, args.V + m * args.R + j, 1, args.R, panel + p / NR * (block * NR),
                                                   NR, rows, rows_in_chain);
-            store_tile<S, n.value>(c, sum, panel_columns);
+            store_tile<S, n.value>(c, sum, width);
           });
     }
   }
@@ -150,7 +150,7 @@ void outer(const OuterArgs& args, int64_t column) {
     for (int64_t j = segment.begin; j < segment.end; ++j)
       for (int64_t p = 0; p < columns; ++p) {
         float& D = args.D[j * args.P + column + p];
-        D = (args.accumulate ? D : 0.0f) + sums[j * panel_columns + p] * segment.keep_scale;
+        D = (args.accumulate ? D : 0.0f) + sums[j * width + p] * segment.keep_scale;
       }
   }
 }
