@@ -32,7 +32,9 @@ inline void widen(const void* source, int64_t count, DType dtype, float* out, co
 // B^T in fp32 [rank, N], of B [N, rank].
 inline void transpose(const void* B, int64_t N, int64_t rank, DType dtype, float* out, const Threads& threads) {
   constexpr int64_t rows = 512;  // of work that is worth a thread
-  const TransposeArgs args{B, rank, out, N};
+  std::vector<float*> lines;
+  for (int64_t j = 0; j < rank; ++j) lines.push_back(out + j * N);
+  const TransposeArgs args{B, rank, rank, lines.data()};
   parallel_for(threads, (N + rows - 1) / rows, [&](int64_t begin, int64_t end) {
     table().transpose[static_cast<int>(dtype)](args, begin * rows, std::min(end * rows, N));
   });

@@ -107,16 +107,40 @@ class Adapters {
 
   void prepare_B(const Threads& threads) {
     thread_local Scratch scratch;
-    float* out = scratch.floats(static_cast<int64_t>(slots_.size()) * rank_ * N_);
+    const int64_t slots = static_cast<int64_t>(slots_.size());
+    float* out = scratch.floats(slots * rank_ * N_);
     B_ = out;
     for (const LoraAdapter& a : list_) {
+      // Of a row of B, elements that lie beside each other: the ranks of a slot or, as PEFT stores experts, the slots
+      // of a rank.
+      const auto [of_slot, of_n, of_rank] = a.B_strides;
+      const bool all_slots = of_slot == 1 && of_rank != 1;
+      const int64_t columns = all_slots ? a.slots : of_rank == 1 ? a.rank : 1, size = size_of(a.dtype);
+      std::vector<float*> lines;
+      std::vector<TransposeArgs> runs;
+      const auto add = [&](int64_t slot, int64_t rank) {
+        runs.push_back({static_cast<const char*>(a.B) + (slot * of_slot + rank * of_rank) * size, of_n, columns});
+      };
+      const auto line = [&](int64_t slot, int64_t rank) {
+        lines.push_back(uses(slot) ? out + (place_[slot] * rank_ + rank) * N_ : nullptr);
+      };
+      if (all_slots) {
+        for (int64_t rank = 0; rank < a.rank; add(0, rank), ++rank)
+          for (int64_t slot = 0; slot < a.slots; ++slot) line(slot, rank);
+      } else {
+        for (const int64_t slot : slots_)
+          for (int64_t rank = 0; rank < a.rank; ++rank) {
+            if (rank % columns == 0) add(slot, rank);
+            line(slot, rank);
+          }
+      }
+      for (size_t i = 0; i < runs.size(); ++i) runs[i].lines = lines.data() + i * columns;
       // Of work that is worth a thread; and so many rows of a strided B that reads and writes share cache lines.
-      const int64_t rows = slots_.size() > 1 ? 16 : 512;
+      const int64_t rows = runs.size() > 1 ? 16 : 512;
       parallel_for(threads, (N_ + rows - 1) / rows, [&](int64_t begin, int64_t end) {
-        begin *= rows, end = std::min(end * rows, N_);
-        if (a.dtype == DType::f32) transpose<float>(a, begin, end, out);
-        if (a.dtype == DType::bf16) transpose<bf16>(a, begin, end, out);
-        if (a.dtype == DType::f16) transpose<f16>(a, begin, end, out);
+        for (int64_t n = begin * rows; n < std::min(end * rows, N_); n += rows)
+          for (const TransposeArgs& run : runs)
+            table().transpose[static_cast<int>(a.dtype)](run, n, std::min(n + rows, N_));
       });
       out += a.rank * N_;
     }
@@ -124,35 +148,6 @@ class Adapters {
 
  private:
   bool in_place() const { return list_.size() == 1 && list_[0].dtype == DType::f32; }
-
-  // Rows [begin, end) of B of every slot in use, into the columns of `out`.
-  template <class T>
-  void transpose(const LoraAdapter& a, int64_t begin, int64_t end, float* out) const {
-    const auto [of_slot, of_n, of_rank] = a.B_strides;
-    const int64_t slots = static_cast<int64_t>(slots_.size());
-    const T* B = static_cast<const T*>(a.B);
-    if (of_rank == 1 && of_n == a.rank) {
-      for (int64_t i = 0; i < slots; ++i)
-        table().transpose[static_cast<int>(a.dtype)]({B + slots_[i] * of_slot, a.rank, out + i * rank_ * N_, N_}, begin,
-                                                     end);
-      return;
-    }
-    for (int64_t first = begin; first < end; first += 16) {
-      const int64_t last = std::min(first + 16, end);
-      const auto move = [&](int64_t i, int64_t n, int64_t j) {
-        out[(i * rank_ + j) * N_ + n] = to_float(B[slots_[i] * of_slot + n * of_n + j * of_rank]);
-      };
-      if (of_slot < of_rank) {  // as PEFT stores that of experts
-        for (int64_t j = 0; j < a.rank; ++j)
-          for (int64_t n = first; n < last; ++n)
-            for (int64_t i = 0; i < slots; ++i) move(i, n, j);
-      } else {
-        for (int64_t i = 0; i < slots; ++i)
-          for (int64_t j = 0; j < a.rank; ++j)
-            for (int64_t n = first; n < last; ++n) move(i, n, j);
-      }
-    }
-  }
 
   const std::span<const LoraAdapter> list_;
   const int64_t K_, N_;

@@ -36,12 +36,11 @@ struct Dropout {
   uint32_t key_low, key_high;
 };
 
-// out[j, n] = B[n, j] in fp32, for n in [begin, end): makes the ranks the rows.
+// lines[j][n] = B[n, j] in fp32, for n in [begin, end): makes the ranks the rows.
 struct TransposeArgs {
-  const void* B;  // [N, rank]
-  int64_t rank;
-  float* out;  // [rank, N]
-  int64_t N;
+  const void* B;  // [N, columns]
+  int64_t ld, columns;
+  float* const* lines;  // [columns], of N floats each; null: not wanted
 };
 
 // What a LayerNorm does to rows, but for its weight and bias: X becomes rstd[m] * (X[m, p] - mean[m]).

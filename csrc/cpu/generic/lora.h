@@ -29,20 +29,22 @@ void transpose(const TransposeArgs& args, int64_t begin, int64_t end) {
   const T* B = static_cast<const T*>(args.B);
   for (int64_t n = begin; n < end; n += S::width) {
     const int64_t rows = std::min<int64_t>(S::width, end - n);
-    for (int64_t j = 0; j < args.rank; j += S::width) {
-      const int64_t ranks = std::min<int64_t>(S::width, args.rank - j);
+    for (int64_t j = 0; j < args.columns; j += S::width) {
+      const int64_t columns = std::min<int64_t>(S::width, args.columns - j);
+      float* const* lines = args.lines + j;
+      if (std::none_of(lines, lines + columns, [](const float* line) { return line != nullptr; })) continue;
       typename S::F block[S::width];
       for (int i = 0; i < S::width; ++i) {
-        const T* source = B + (n + i) * args.rank + j;
-        block[i] = i >= rows ? S::zero() : ranks == S::width ? S::load(source) : load_first<S>(source, ranks);
+        const T* source = B + (n + i) * args.ld + j;
+        block[i] = i >= rows ? S::zero() : columns == S::width ? S::load(source) : load_first<S>(source, columns);
       }
       S::transpose(block);
-      for (int64_t i = 0; i < ranks; ++i) {
-        float* out = args.out + (j + i) * args.N + n;
+      for (int64_t i = 0; i < columns; ++i) {
+        if (lines[i] == nullptr) continue;
         if (rows == S::width)
-          S::store(out, block[i]);
+          S::store(lines[i] + n, block[i]);
         else
-          store_first<S>(out, block[i], rows);
+          store_first<S>(lines[i] + n, block[i], rows);
       }
     }
   }
