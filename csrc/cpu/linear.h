@@ -78,7 +78,8 @@ Form form_of(LinearArgs& args, DType compute) {
   // A sum over few blocks of a 4-bit weight would show that their scales multiply sums: it is packed at no great cost.
   const bool short_sums = fourbit && args.Q <= longest_short_sum;
   args.along_rows = args.reduction_contiguous && args.tiles != MatrixTiles::in_place && !short_sums &&
-                    args.M <= table().few_rows[static_cast<int>(fourbit ? compute : args.out)];
+                    args.M <= (fourbit ? table().few_rows_fourbit[static_cast<int>(compute)]
+                                       : table().few_rows[static_cast<int>(args.out)]);
   if (args.along_rows) {  // bound by the reading of the weight
     args.tiles = MatrixTiles::none;
     if (fourbit) form.dtype = DType::f32;
@@ -109,7 +110,7 @@ void bring_to_form(const Form& form, const LinearArgs& args, const void* source,
   } else if (form.for_few) {
     float* widened = scratch.floats(args.Q);
     convert(source, args.Q, form.dtype, widened);
-    table().arrange(widened, args.Q, args.bf16_codes, reinterpret_cast<float*>(rows + m * form.row_bytes));
+    table().arrange(widened, args.Q, args.bf16_codes, m, args.M, rows);
   } else {
     convert(source, args.Q, form.dtype, rows + m * form.row_bytes);
   }

@@ -11,9 +11,6 @@ struct Amx : Avx512Bf16 {
   static constexpr bool has_matrix_tiles = true;
   static constexpr int64_t matrix_rows = 16, matrix_columns = 16, matrix_depth = 32;
 
-  // The values that codes stand for, rounded as by round_pairs(), twice: an index has five bits, of which the first is
-  // of another code.
-  PEFTFAST_INLINE static Pairs codebook_of_one(F values) { return codebook_of_two(values, values); }
   // 32 codes at p.
   PEFTFAST_INLINE static Pairs decode_one(Pairs values, const uint8_t* p) {
     // Each byte to both halves of a word of 32 bits, the first half shifted to its code.

@@ -8,6 +8,7 @@ namespace {
 
 struct Avx512Bf16 : Avx512 {
   static constexpr bool has_bf16_dot = true;
+  using Avx512::decode_chunk;
   using Pairs = __m512i;  // `width` pairs of bf16
 
   PEFTFAST_INLINE static Pairs load_pairs(const void* p) { return _mm512_loadu_si512(p); }
@@ -25,7 +26,7 @@ struct Avx512Bf16 : Avx512 {
                            _mm512_slli_epi32(_mm512_cvtepu16_epi32(bit_cast<__m256i>(_mm512_cvtneps_pbh(second))), 16));
   }
   PEFTFAST_INLINE static F dot(Pairs a, Pairs b, F c) {
-    return _mm512_dpbf16_ps(c, bit_cast<__m512bh>(a), bit_cast<__m512bh>(b));
+    return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
 
   // The values that the codes of two rows stand for, rounded as by round_pairs().
@@ -38,6 +39,18 @@ struct Avx512Bf16 : Avx512 {
     const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(first));
     const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(second));
     out[0] = look_up_two(values, _mm_unpacklo_epi64(a, b)), out[1] = look_up_two(values, _mm_unpackhi_epi64(a, b));
+  }
+
+  // The values that codes stand for, rounded as by round_pairs(), twice: an index has five bits, of which the first is
+  // of another code.
+  PEFTFAST_INLINE static Pairs codebook_of_one(F values) { return codebook_of_two(values, values); }
+  // 128 codes at once, 4 vectors of them: a lane of each holds two codes of one word.
+  PEFTFAST_INLINE static void decode_chunk(Pairs values, const uint8_t* p, Pairs (&out)[4]) {
+    const U words = load_words(p);
+    out[0] = _mm512_permutexvar_epi16(shift_right<4>(words), values);
+    out[1] = _mm512_permutexvar_epi16(words, values);
+    out[2] = _mm512_permutexvar_epi16(shift_right<12>(words), values);
+    out[3] = _mm512_permutexvar_epi16(shift_right<8>(words), values);
   }
 
  private:

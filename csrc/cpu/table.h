@@ -136,8 +136,9 @@ struct Table {
   bool bf16_dot;  // multiplies pairs of bf16 in one instruction
   void (*transpose[dtype_count])(const TransposeArgs& args, int64_t begin, int64_t end);
   void (*down[dtype_count])(const DownArgs& args, int64_t row_begin, int64_t row_end);
-  int64_t few_rows[dtype_count];        // with at most so many, packing a weight costs more than it saves
-  int64_t packed_columns[dtype_count];  // of a weight, as many as `linear` packs at a time
+  int64_t few_rows[dtype_count];          // with at most so many, packing a weight costs more than it saves
+  int64_t few_rows_fourbit[dtype_count];  // the same of a 4-bit one, by what the product is asked for in
+  int64_t packed_columns[dtype_count];    // of a weight, as many as `linear` packs at a time
   void (*linear[dtype_count])(const LinearArgs& args, int64_t column, int64_t columns, int64_t row_begin,
                               int64_t row_end);
   void (*outer[dtype_count])(const OuterArgs& args, int64_t column, int64_t columns);
@@ -153,10 +154,10 @@ struct Table {
   void (*moments[dtype_count])(const MomentsArgs& args, int64_t row_begin, int64_t row_end);
   void (*bottleneck)(const BottleneckArgs& args, int64_t row_begin, int64_t row_end);
   void (*bottleneck_backward)(const BottleneckArgs& args, int64_t row_begin, int64_t row_end);
-  // Whether few rows of X must be arranged before they meet a 4-bit W with Q columns, and the arranging of one: [Q] to
-  // [arranged_size(Q)].
+  // Whether few rows of X must be arranged before they meet a 4-bit W with Q columns, and the arranging of one, the
+  // `row`th of `rows` that share `out`: each [Q] becomes arranged_size(Q) floats, or what takes no more.
   int64_t (*arranged_size)(int64_t Q);  // 0: they are taken as they are
-  void (*arrange)(const float* x, int64_t Q, bool bf16_codes, float* out);
+  void (*arrange)(const float* x, int64_t Q, bool bf16_codes, int64_t row, int64_t rows, void* out);
   // How a product in bf16 may run, and, for one in place, the arranging of a row of X, the `row`th of the rows_in_tiles
   // that start at out, of Q elements each, rounded up to a multiple of 32.
   MatrixTiles (*matrix_tiles)(const LinearArgs& args);

@@ -301,50 +301,84 @@ void pack_fourbit_straight(const FourBitMatrix& W, int64_t P, int64_t column, in
 template <class S>
 constexpr int64_t chunk_codes = 8 * S::width;  // decoded at once; at least the shortest block, 32
 
+// A chunk's products with a row of X, a lane of which sums eight that follow one another: of vectors widened to fp32
+// or, where an instruction multiplies them, of pairs in bf16.
+template <class S, bool bf16_codes, bool = bf16_codes && S::has_bf16_dot>
+struct ChunkDot {
+  using X = float;
+  using Vector = typename S::F;
+  static constexpr int vectors = 8, elements = S::width;  // of X in a vector
+  static constexpr int rows = S::tile_rows;               // at most, while a chunk is in registers
+  PEFTFAST_INLINE static auto codebook(const float* values) { return S::template chunk_codebook<bf16_codes>(values); }
+  PEFTFAST_INLINE static typename S::F first(Vector w, const X* x) { return S::mul(w, S::load(x)); }
+  PEFTFAST_INLINE static typename S::F add(Vector w, const X* x, typename S::F sum) {
+    return S::fma(w, S::load(x), sum);
+  }
+  static constexpr int element(int vector, int place) { return S::template chunk_element<bf16_codes>(vector, place); }
+};
+template <class S, bool bf16_codes>
+struct ChunkDot<S, bf16_codes, true> {
+  using X = bf16;
+  using Vector = typename S::Pairs;
+  static constexpr int vectors = 4, elements = 2 * S::width, rows = 16;
+  PEFTFAST_INLINE static auto codebook(const float* values) { return S::codebook_of_one(S::codebook(values)); }
+  PEFTFAST_INLINE static typename S::F first(Vector w, const X* x) { return S::dot(w, S::load_pairs(x), S::zero()); }
+  PEFTFAST_INLINE static typename S::F add(Vector w, const X* x, typename S::F sum) {
+    return S::dot(w, S::load_pairs(x), sum);
+  }
+  static constexpr int element(int vector, int place) { return place / 2 * 8 + place % 2 * 4 + vector; }
+};
+
 // Whether rows of W are cut into whole chunks whose blocks begin at multiples of 32.
 template <class S>
 PEFTFAST_INLINE bool in_chunks(int64_t Q) {
   return S::width > 1 && Q % 32 == 0;
 }
 
+// Of a row of X, in floats, whatever it is arranged as.
 template <class S>
 int64_t arranged_size(int64_t Q) {
   return in_chunks<S>(Q) ? (Q + chunk_codes<S> - 1) / chunk_codes<S> * chunk_codes<S> : 0;
 }
 
 template <class S, bool bf16_codes>
-void arrange_for(const float* x, int64_t Q, float* out) {
-  if constexpr (S::width > 1)
-    for (int64_t q = 0; q < Q; q += chunk_codes<S>)
-      for (int v = 0; v < 8; ++v)
-        for (int lane = 0; lane < S::width; ++lane) {
-          const int64_t element = q + S::template chunk_element<bf16_codes>(v, lane);
-          out[q + v * S::width + lane] = element < Q ? x[element] : 0.0f;
+void arrange_for(const float* x, int64_t Q, int64_t row, int64_t rows, void* out) {
+  if constexpr (S::width > 1) {
+    using Dot = ChunkDot<S, bf16_codes>;
+    auto* to = static_cast<typename Dot::X*>(out) + row * chunk_codes<S>;
+    for (int64_t q = 0; q < Q; q += chunk_codes<S>, to += rows * chunk_codes<S>)
+      for (int v = 0; v < Dot::vectors; ++v)
+        for (int place = 0; place < Dot::elements; ++place) {
+          const int64_t element = q + Dot::element(v, place);
+          to[v * Dot::elements + place] = from_float<typename Dot::X>(element < Q ? x[element] : 0.0f);
         }
+  }
 }
 
-// x [Q] -> chunk by chunk in the order of S::decode_chunk; zeros up to the end of the last chunk.
+// x [Q] -> chunks in the order of S::decode_chunk, each beside the same chunk of the other rows; zeros up to the end of
+// the last chunk.
 template <class S>
-void arrange(const float* x, int64_t Q, bool bf16_codes, float* out) {
-  bf16_codes ? arrange_for<S, true>(x, Q, out) : arrange_for<S, false>(x, Q, out);
+void arrange(const float* x, int64_t Q, bool bf16_codes, int64_t row, int64_t rows, void* out) {
+  bf16_codes ? arrange_for<S, true>(x, Q, row, rows, out) : arrange_for<S, false>(x, Q, row, rows, out);
 }
 
-// out[i] += x[i] . one row of W, over `chunks` chunks from `packed` on. x is arranged; scales has one for each 32
-// codes; what lies `ahead` bytes on is asked for.
-template <class S, bool bf16_codes, int rows>
-void dot_chunks(const float* x, int64_t ldx, const typename S::template ChunkCodebook<bf16_codes>& codebook,
-                const uint8_t* packed, const float* scales, int64_t chunks, int64_t ahead, float* out, int64_t ldo) {
+// out[i] += x[i] . one row of W, over `chunks` chunks from `packed` on. x is arranged, of `all` rows; scales has one
+// for each 32 codes; what lies `ahead` bytes on is asked for.
+template <class S, class Dot, int rows, class Codebook>
+void dot_chunks(const typename Dot::X* x, int64_t all, const Codebook& codebook, const uint8_t* packed,
+                const float* scales, int64_t chunks, int64_t ahead, float* out, int64_t ldo) {
   typename S::F sums[rows];
   for (int i = 0; i < rows; ++i) sums[i] = S::zero();
-  for (int64_t c = 0; c < chunks; ++c, packed += 4 * S::width, scales += S::width / 4, x += 8 * S::width) {
+  for (int64_t c = 0; c < chunks; ++c, packed += 4 * S::width, scales += S::width / 4) {
     __builtin_prefetch(hidden(packed) + ahead);
-    typename S::F w[8];
+    typename Dot::Vector w[Dot::vectors];
     S::decode_chunk(codebook, packed, w);
     const typename S::F scale = S::chunk_scales(scales);
-#pragma GCC unroll 8
-    for (int i = 0; i < rows; ++i) {
-      typename S::F products = S::mul(w[0], S::load(x + i * ldx));
-      for (int v = 1; v < 8; ++v) products = S::fma(w[v], S::load(x + i * ldx + v * S::width), products);
+    const typename Dot::X* row = x + c * all * chunk_codes<S>;
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; ++i, row += chunk_codes<S>) {
+      typename S::F products = Dot::first(w[0], row);
+      for (int v = 1; v < Dot::vectors; ++v) products = Dot::add(w[v], row + v * Dot::elements, products);
       sums[i] = S::fma(products, scale, sums[i]);
     }
   }
@@ -358,24 +392,27 @@ void dot_chunks(const float* x, int64_t ldx, const typename S::template ChunkCod
 
 // dot_rows_fourbit of a W whose rows are cut into chunks.
 template <class S, bool bf16_codes>
-void dot_rows_of_chunks(const float* x, int64_t ldx, int64_t rows, const FourBitMatrix& W, int64_t row, int64_t columns,
+void dot_rows_of_chunks(const void* arranged, int64_t rows, const FourBitMatrix& W, int64_t row, int64_t columns,
                         int64_t Q, float* out, int64_t ldo) {
+  using Dot = ChunkDot<S, bf16_codes>;
   const AbsmaxReader absmax(W);
   const int64_t chunks = Q / chunk_codes<S>, per_row = Q / 32;
-  const auto codebook = S::template chunk_codebook<bf16_codes>(fourbit::codebook_of(W.type));
+  const auto codebook = Dot::codebook(fourbit::codebook_of(W.type));
+  const auto* x = static_cast<const typename Dot::X*>(arranged);
   // A block of the reduction keeps all rows of X in L1 while the rows of W go by.
-  const int64_t block = std::clamp<int64_t>(4096 / rows / chunk_codes<S>, 4, 4096 / chunk_codes<S>);
+  constexpr int64_t most = 16384 / sizeof(typename Dot::X);
+  const int64_t block = std::clamp<int64_t>(most / rows / chunk_codes<S>, 4, most / chunk_codes<S>);
+  const int64_t ahead = block < chunks ? 4 * Q : Q;  // bytes: eight rows on, of which a block is short, or two
   thread_local Scratch scratch;
   float* scales = scratch.floats(columns * per_row);
   for (int64_t j = 0; j < columns; ++j) absmax.each_32((row + j) * Q, per_row, scales + j * per_row);
   for (int64_t c = 0; c < chunks; c += block)
-    for (int64_t m = 0; m < rows; m += S::tile_rows)
-      with_rows<S::tile_rows>(std::min<int64_t>(S::tile_rows, rows - m), [&](auto n) {
+    for (int64_t m = 0; m < rows; m += Dot::rows)
+      with_rows<Dot::rows>(std::min<int64_t>(Dot::rows, rows - m), [&](auto n) {
         for (int64_t j = 0; j < columns; ++j)
-          dot_chunks<S, bf16_codes, n.value>(x + m * ldx + c * chunk_codes<S>, ldx, codebook,
-                                             W.packed + (row + j) * Q / 2 + c * 4 * S::width,
-                                             scales + j * per_row + c * (S::width / 4), std::min(block, chunks - c),
-                                             block * 4 * S::width, out + m * ldo + j, ldo);
+          dot_chunks<S, Dot, n.value>(
+              x + (c * rows + m) * chunk_codes<S>, rows, codebook, W.packed + (row + j) * Q / 2 + c * 4 * S::width,
+              scales + j * per_row + c * (S::width / 4), std::min(block, chunks - c), ahead, out + m * ldo + j, ldo);
       });
   if (const int64_t done = chunks * chunk_codes<S>; done < Q) {  // the last of each row, under scales of zero beyond it
     for (int64_t j = 0; j < columns; ++j) {
@@ -384,20 +421,20 @@ void dot_rows_of_chunks(const float* x, int64_t ldx, int64_t rows, const FourBit
       std::memcpy(packed, W.packed + ((row + j) * Q + done) / 2, (Q - done) / 2);
       std::copy_n(scales + j * per_row + done / 32, (Q - done) / 32, last_scales);
       for (int64_t m = 0; m < rows; ++m)
-        dot_chunks<S, bf16_codes, 1>(x + m * ldx + done, ldx, codebook, packed, last_scales, 1, 0, out + m * ldo + j,
-                                     ldo);
+        dot_chunks<S, Dot, 1>(x + (chunks * rows + m) * chunk_codes<S>, rows, codebook, packed, last_scales, 1, 0,
+                              out + m * ldo + j, ldo);
     }
   }
 }
 
-// out[i, j] += x[i] . row (row + j) of W, for j < columns.
+// out[i, j] += x[i] . row (row + j) of W, for j < columns and all rows of X, arranged if they can be.
 template <class S>
 void dot_rows_fourbit(const float* x, int64_t ldx, int64_t rows, const FourBitMatrix& W, bool bf16_codes, int64_t row,
                       int64_t columns, int64_t Q, float* out, int64_t ldo) {
   if constexpr (S::width > 1) {
     if (in_chunks<S>(Q)) {
       const auto dot = bf16_codes ? dot_rows_of_chunks<S, true> : dot_rows_of_chunks<S, false>;
-      dot(x, ldx, rows, W, row, columns, Q, out, ldo);
+      dot(x, rows, W, row, columns, Q, out, ldo);
       return;
     }
   }

@@ -63,6 +63,11 @@ MatrixTiles matrix_tiles(const LinearArgs& args) {
 template <class S, class T>
 constexpr int64_t few_rows = in_matrix_tiles<S, T> ? 4 : 12;
 
+template <class S, class T>  // what the product is asked for in
+constexpr int64_t few_rows_fourbit = in_matrix_tiles<S, T>                             ? 4
+                                     : ChunkDot<S, std::is_same_v<T, bf16>>::rows > 12 ? 16
+                                                                                       : 12;
+
 template <class S, class T>
 constexpr int64_t packed_columns = in_matrix_tiles<S, T> ? 4 * panel_columns : panel_columns;
 

@@ -207,6 +207,7 @@ constexpr Table make_table() {
       {transpose<S, float>, transpose<S, bf16>, transpose<S, f16>},
       {down<S, float>, down<S, bf16>, down<S, f16>},
       {few_rows<S, float>, few_rows<S, bf16>, few_rows<S, f16>},
+      {few_rows_fourbit<S, float>, few_rows_fourbit<S, bf16>, few_rows_fourbit<S, f16>},
       {packed_columns<S, float>, packed_columns<S, bf16>, packed_columns<S, f16>},
       {linear<S, float>, linear<S, bf16>, linear<S, f16>},
       {outer<S, float>, outer<S, bf16>, outer<S, f16>},
