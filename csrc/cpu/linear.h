@@ -151,7 +151,7 @@ void linear(std::vector<LinearArgs> list, DType compute, const Threads& threads)
 
   // Rows are parted only to bound the memory of parked accumulators, or when there are too few panels to go round: each
   // part packs the panel again, which costs as much as some rows.
-  constexpr int64_t packing = 24, most_sums = 256 * 1024;  // rows; a strip's parked accumulators, 1 MiB of them
+  constexpr int64_t packing = 16, most_sums = 256 * 1024;  // rows; a strip's parked accumulators, 1 MiB of them
   std::vector<int64_t> columns, parts, rows;
   const auto strips = [&](size_t i, int64_t wide) { return list[i].M > 0 ? (list[i].P + wide - 1) / wide : 0; };
   int64_t all_panels = 0, all_strips = 0;

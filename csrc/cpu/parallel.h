@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "../hosts.h"
@@ -26,15 +27,17 @@ struct Share {
   int64_t count, cost;
 };
 
-// Calls body(share, begin, end) for parts of the items [0, count) of every share: as many parts of about equal cost as
-// there are threads. An item belongs to the part in which its cost begins.
+// Calls body(share, begin, end) for parts of the items [0, count) of every share. Parts are of about equal cost,
+// several to a thread, and taken as threads get to them: costs are guesses, and so is that all threads are equally
+// fast. An item belongs to the part in which its cost begins.
 template <class Body>
 void parallel_for_each(const Threads& threads, const std::vector<Share>& shares, Body body) {
+  constexpr int64_t parts_of_thread = 8;
   int64_t total = 0;
   for (const Share& share : shares) total += share.count * share.cost;
-  const int64_t parts = std::max(threads.count, 1);
-  parallel_for(threads, parts, [&](int64_t first_part, int64_t last_part) {
-    const int64_t from = total * first_part / parts, to = total * last_part / parts;
+  const int64_t parts = threads.count > 1 ? parts_of_thread * threads.count : 1;
+  const auto run = [&](int64_t part) {
+    const int64_t from = total * part / parts, to = total * (part + 1) / parts;
     int64_t before = 0;  // the cost of the shares gone by
     for (size_t i = 0; i < shares.size() && before < to; ++i) {
       const auto [count, cost] = shares[i];
@@ -47,6 +50,10 @@ void parallel_for_each(const Threads& threads, const std::vector<Share>& shares,
         before += count * cost;
       }
     }
+  };
+  std::atomic<int64_t> next{0};
+  parallel_for(threads, std::max(threads.count, 1), [&](int64_t, int64_t) {
+    for (int64_t part; (part = next++) < parts;) run(part);
   });
 }
 

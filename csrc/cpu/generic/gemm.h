@@ -152,12 +152,16 @@ struct BaseMode<S, T, true> {
 
 // c += X * panel over Q elements of each row. `ldx` parts the rows of X and `stride_x` the elements of a row;
 // `ldp` parts the rows of the panel. An odd Q in a mode of pairs ends on a zero, in X here and in the panel by packing.
-template <class Mode, int rows>
+// between(s) is called in step s.
+template <class Mode, int rows, class Between>
 PEFTFAST_INLINE void multiply_add(Accumulators<typename Mode::S, rows>& c, const typename Mode::X* x, int64_t ldx,
-                                  int64_t stride_x, const typename Mode::Panel* panel, int64_t ldp, int64_t Q) {
+                                  int64_t stride_x, const typename Mode::Panel* panel, int64_t ldp, int64_t Q,
+                                  Between between) {
   const int64_t steps = Q / Mode::unit;
-  for (int64_t s = 0; s < steps; ++s)
+  for (int64_t s = 0; s < steps; ++s) {
     Mode::template step<rows>(c, x + s * Mode::unit * stride_x, ldx, panel + s * Mode::panel_rows * ldp, ldp);
+    between(s);
+  }
   if constexpr (Mode::unit == 2) {
     if (Q % 2) {
       bf16 last[rows][2];
@@ -165,6 +169,12 @@ PEFTFAST_INLINE void multiply_add(Accumulators<typename Mode::S, rows>& c, const
       Mode::template step<rows>(c, last[0], 2, panel + steps * Mode::panel_rows * ldp, ldp);
     }
   }
+}
+
+template <class Mode, int rows>
+PEFTFAST_INLINE void multiply_add(Accumulators<typename Mode::S, rows>& c, const typename Mode::X* x, int64_t ldx,
+                                  int64_t stride_x, const typename Mode::Panel* panel, int64_t ldp, int64_t Q) {
+  multiply_add<Mode, rows>(c, x, ldx, stride_x, panel, ldp, Q, [](int64_t) {});
 }
 
 // An fp32 sum in one chain of Q terms loses accuracy with the square root of Q. Where the result stays fp32, chains are

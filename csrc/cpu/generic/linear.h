@@ -71,6 +71,29 @@ constexpr int64_t few_rows_fourbit = in_matrix_tiles<S, T>                      
 template <class S, class T>
 constexpr int64_t packed_columns = in_matrix_tiles<S, T> ? 4 * panel_columns : panel_columns;
 
+// What will be packed next is asked for, a line at a time, while what is packed is multiplied.
+class NextPanel {
+ public:
+  NextPanel() = default;
+  // `rows` pieces of `bytes` bytes, `stride` bytes apart, in as many steps as are to come.
+  NextPanel(const void* first, int64_t stride, int64_t rows, int64_t bytes, int64_t steps)
+      : at_(static_cast<const char*>(first)), stride_(stride), bytes_(bytes), rows_(rows) {
+    const int64_t lines = rows * (bytes + 63) / 64;
+    while (lines > 0 && 2 * (mask_ + 1) * lines <= steps) mask_ = 2 * mask_ + 1;
+  }
+  PEFTFAST_INLINE void step(int64_t s) {
+    if ((s & mask_) != 0 || rows_ == 0) return;
+    __builtin_prefetch(at_ + done_, 0, 2);
+    done_ += 64;
+    if (done_ < bytes_) return;
+    done_ = 0, at_ += stride_, --rows_;
+  }
+
+ private:
+  const char* at_ = nullptr;
+  int64_t stride_ = 0, bytes_ = 0, rows_ = 0, done_ = 0, mask_ = 0;
+};
+
 // One strip of Y. The register tile starts from the bias and the low-rank term and goes on through the reduction of the
 // base product, so that Y is written once. A reduction too long for the panel's share of L2 runs in blocks, with the
 // accumulators parked in fp32 between them. A strip may be several panels wide: in a block they come one after another,
@@ -134,6 +157,9 @@ class LinearStrip {
         } else {
           const int64_t subpanel = (n + Mode::unit - 1) / Mode::unit * Mode::panel_rows * NR;
           if (n > 0) pack(q, n, panel, subpanel);  // a 4-bit weight of no elements has no scales to read
+          const bool beside = end_ < columns_;     // else below
+          next_ = next_panel(beside ? q : q + n, beside ? n : std::min(block, args_.Q - q - n), beside ? end_ : 0,
+                             std::min(at_once, beside ? columns_ - end_ : columns_), row_end - row_begin);
           for_tiles(row_begin, row_end, [&](auto rows_of_tile, int64_t m, int64_t p) {
             tile<rows_of_tile.value>(m, p, panel + (p - begin_) / NR * subpanel, q, n, first, last);
           });
@@ -161,6 +187,23 @@ class LinearStrip {
 
   // A line more than a row: a tile's rows a power of two apart would share too few sets of the caches.
   int64_t ld_parked() const { return width_ + 16; }
+
+  // The `columns` columns from `begin` on of the block that starts at q, for so many rows of X as make packing dear.
+  NextPanel next_panel(int64_t q, int64_t n, int64_t begin, int64_t columns, int64_t rows) const {
+    if (n <= 0 || rows > 192) return {};
+    const int64_t tiles = (rows + S::tile_rows - 1) / S::tile_rows * ((end_ - begin_ + NR - 1) / NR);
+    const int64_t steps = tiles * (n / Mode::unit);
+    const bool along = args_.reduction_contiguous;
+    const int64_t pieces = along ? columns : n, length = along ? n : columns;  // of rows of W
+    const int64_t row = along ? column_ + begin : q, element = along ? q : column_ + begin;
+    if (args_.fourbit) {
+      const int64_t ld = along ? args_.Q : args_.P;
+      const uint8_t* first = args_.fourbit->packed + ((args_.fourbit_row + row) * ld + element) / 2;
+      return {first, ld / 2, pieces, length / 2, steps};
+    }
+    constexpr int64_t size = sizeof(T);
+    return {W() + row * args_.ldw + element, args_.ldw * size, pieces, length * size, steps};
+  }
 
   void pack(int64_t q, int64_t n, Panel* panel, int64_t subpanel) {
     const int64_t column = column_ + begin_, columns = end_ - begin_;
@@ -412,7 +455,7 @@ class LinearStrip {
     if constexpr (std::is_same_v<T, float>)
       multiply_add_in_chains<Mode, rows>(c, x, args_.ldx, 1, panel, NR, n, chain_for(args_.M, args_.Q));
     else
-      multiply_add<Mode, rows>(c, x, args_.ldx, 1, panel, NR, n);
+      multiply_add<Mode, rows>(c, x, args_.ldx, 1, panel, NR, n, [&](int64_t s) { next_.step(s); });
     if (!last) {
       store_tile<S, rows>(c, parked, ld_parked());
       return;
@@ -556,6 +599,7 @@ class LinearStrip {
   const int64_t column_, columns_, width_;  // width_: columns_, rounded up to whole panels
   int64_t begin_ = 0, end_ = columns_;      // of the strip, the columns that are packed
   int64_t row_begin_ = 0;
+  NextPanel next_;
   float* low_rank_ = nullptr;  // this strip of L, in sub-panels
   float* parked_ = nullptr;    // [rows, ld_parked()]
   uint32_t* words_ = nullptr;  // [tile_rows, width_ + slack]
