@@ -26,7 +26,7 @@ struct Avx512Bf16 : Avx512 {
                            _mm512_slli_epi32(_mm512_cvtepu16_epi32(bit_cast<__m256i>(_mm512_cvtneps_pbh(second))), 16));
   }
   PEFTFAST_INLINE static F dot(Pairs a, Pairs b, F c) {
-    return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+    return _mm512_dpbf16_ps(c, bit_cast<__m512bh>(a), bit_cast<__m512bh>(b));
   }
 
   // The values that the codes of two rows stand for, rounded as by round_pairs().
