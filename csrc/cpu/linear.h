@@ -191,8 +191,11 @@ void linear(std::vector<LinearArgs> list, DType compute, const Threads& threads)
   });
 }
 
-// D = V^T dropout(X) of each. Those with the same D follow one another, and all but the first accumulate.
-void outer(const std::vector<OuterArgs>& list, DType dtype, const Threads& threads) {
+// D = V^T dropout(X) of each. Those with the same D follow one another, and all but the first accumulate. With D null,
+// some columns at a time are made in the thread's own memory and given to done(first, D, ldd, column, columns), `first`
+// being the place in the list where their D begins.
+template <class Done>
+void outer(const std::vector<OuterArgs>& list, DType dtype, const Threads& threads, Done done) {
   constexpr int64_t together = 4;  // panels: each row of X is on another page, and worth a visit for so many
   std::vector<size_t> firsts;
   std::vector<Share> shares;
@@ -205,32 +208,50 @@ void outer(const std::vector<OuterArgs>& list, DType dtype, const Threads& threa
   }
   firsts.push_back(list.size());
   parallel_for_each(threads, shares, [&](size_t s, int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; panel += together)
-      for (size_t i = firsts[s]; i < firsts[s + 1]; ++i) {
-        const int64_t column = panel * panel_columns, most = std::min(end - panel, together) * panel_columns;
-        table().outer[static_cast<int>(dtype)](list[i], column, std::min(most, list[i].P - column));
-      }
+    thread_local Scratch scratch;
+    const OuterArgs& first = list[firsts[s]];
+    const int64_t width = together * panel_columns, ldd = first.D ? first.P : width;
+    float* own = first.D ? nullptr : scratch.floats(first.R * width);
+    for (int64_t panel = begin; panel < end; panel += together) {
+      const int64_t column = panel * panel_columns;
+      const int64_t columns = std::min(std::min(end - panel, together) * panel_columns, first.P - column);
+      float* D = first.D ? first.D + column : own;
+      for (size_t i = firsts[s]; i < firsts[s + 1]; ++i)
+        table().outer[static_cast<int>(dtype)](list[i], column, columns, D, ldd);
+      if (!first.D) done(firsts[s], D, ldd, column, columns);
+    }
   });
 }
 
+inline void outer(const std::vector<OuterArgs>& list, DType dtype, const Threads& threads) {
+  outer(list, dtype, threads, [](size_t, const float*, int64_t, int64_t, int64_t) {});
+}
+
 template <class T>
-void narrow(const float* D, int64_t rank, int64_t P, bool transposed, T* out, int64_t begin, int64_t end) {
+void narrow(const float* D, int64_t ldd, int64_t rank, int64_t P, bool transposed, T* out, int64_t begin, int64_t end) {
   const int64_t strip = transposed ? 16 : end - begin;  // as many lines of `out` as stay in L1 while they fill
   for (int64_t first = begin; first < end; first += strip)
     for (int64_t j = 0; j < rank; ++j)
       for (int64_t p = first; p < std::min(first + strip, end); ++p)
-        out[transposed ? p * rank + j : j * P + p] = from_float<T>(D[j * P + p]);
+        out[transposed ? p * rank + j : j * P + p] = from_float<T>(D[j * ldd + p - begin]);
 }
 
-// The gradient of one adapter's factor from its rows of D [R, P]: as they are for A, transposed for B.
-void write_gradient(const float* D, int64_t rank, int64_t P, DType dtype, bool transposed, void* out,
-                    const Threads& threads) {
+// Columns [begin, end) of the gradient of one adapter's factor [rank, P] or, transposed, [P, rank], from the first of
+// them, D [rank, end - begin].
+inline void write_columns(const float* D, int64_t ldd, int64_t rank, int64_t P, DType dtype, bool transposed, void* out,
+                          int64_t begin, int64_t end) {
+  if (dtype == DType::f32) narrow(D, ldd, rank, P, transposed, static_cast<float*>(out), begin, end);
+  if (dtype == DType::bf16) narrow(D, ldd, rank, P, transposed, static_cast<bf16*>(out), begin, end);
+  if (dtype == DType::f16) narrow(D, ldd, rank, P, transposed, static_cast<f16*>(out), begin, end);
+}
+
+// All of them, from D [rank, P].
+inline void write_gradient(const float* D, int64_t rank, int64_t P, DType dtype, bool transposed, void* out,
+                           const Threads& threads) {
   constexpr int64_t chunk = 1024;
   parallel_for(threads, (P + chunk - 1) / chunk, [&](int64_t begin, int64_t end) {
     begin *= chunk, end = std::min(end * chunk, P);
-    if (dtype == DType::f32) narrow(D, rank, P, transposed, static_cast<float*>(out), begin, end);
-    if (dtype == DType::bf16) narrow(D, rank, P, transposed, static_cast<bf16*>(out), begin, end);
-    if (dtype == DType::f16) narrow(D, rank, P, transposed, static_cast<f16*>(out), begin, end);
+    write_columns(D + begin, P, rank, P, dtype, transposed, out, begin, end);
   });
 }
 

@@ -237,7 +237,7 @@ void lora_linear_backward(const LoraLinearBackwardArgs& backward, const Threads&
   const LoraAdapter *first = args.adapters, *last = first + args.adapter_count;
   const bool any_A = std::any_of(first, last, [](auto& a) { return a.grad_A != nullptr; });
   const bool any_B = std::any_of(first, last, [](auto& a) { return a.grad_B != nullptr; });
-  thread_local Scratch scratch_V, scratch_D;
+  thread_local Scratch scratch_V;
   float* V = nullptr;
   if (any_A || backward.dX) {
     V = scratch_V.floats(args.M * R);
@@ -271,14 +271,12 @@ void lora_linear_backward(const LoraLinearBackwardArgs& backward, const Threads&
 
   // grad_A = V^T dropout(X) and grad_B = G^T U of each slot, over the rows of all groups that use it.
   const auto gradients = [&](const float* factor, const void* rows, int64_t ld, int64_t P, bool of_A) {
-    const std::vector<int64_t>& slots = adapters.slots();
-    const int64_t used = static_cast<int64_t>(slots.size());
-    float* D = scratch_D.floats(used * R * P);
     std::vector<OuterArgs> outers;
-    for (int64_t i = 0; i < used; ++i) {
+    std::vector<int64_t> slots;  // of each of them
+    for (const int64_t slot : adapters.slots()) {
       bool accumulate = false;
       for (const Group& g : groups) {
-        if (g.slot != slots[i]) continue;
+        if (g.slot != slot) continue;
         outers.push_back({.V = factor + g.first * R,
                           .R = R,
                           .X = row_of(rows, g.first, ld, args.dtype),
@@ -286,23 +284,26 @@ void lora_linear_backward(const LoraLinearBackwardArgs& backward, const Threads&
                           .M = g.M,
                           .P = P,
                           .dropout = of_A ? adapters.dropout() : adapters.no_dropout(),
-                          .D = D + i * R * P,
                           .first_row = g.first,
                           .accumulate = accumulate});
+        slots.push_back(slot);
         accumulate = true;
       }
     }
-    outer(outers, args.dtype, threads);
-    int64_t rank = 0;
-    for (const LoraAdapter* a = first; a != last; rank += a->rank, ++a) {
-      char* out = static_cast<char*>(of_A ? a->grad_A : a->grad_B);
-      const int64_t bytes = a->rank * P * size_of(a->dtype);
-      if (out == nullptr || bytes == 0) continue;
-      for (int64_t slot = 0; slot < a->slots; ++slot)
-        if (!adapters.uses(slot)) std::memset(out + slot * bytes, 0, bytes);
-      for (int64_t i = 0; i < used; ++i)
-        write_gradient(D + (i * R + rank) * P, a->rank, P, a->dtype, !of_A, out + slots[i] * bytes, threads);
-    }
+    const auto gradient_of = [&](const LoraAdapter& a, int64_t slot) {
+      char* out = static_cast<char*>(of_A ? a.grad_A : a.grad_B);
+      return out ? out + slot * a.rank * P * size_of(a.dtype) : nullptr;
+    };
+    outer(outers, args.dtype, threads, [&](size_t i, const float* D, int64_t ldd, int64_t column, int64_t columns) {
+      for (const LoraAdapter* a = first; a != last; D += a->rank * ldd, ++a)
+        if (char* out = gradient_of(*a, slots[i]))
+          write_columns(D, ldd, a->rank, P, a->dtype, !of_A, out, column, column + columns);
+    });
+    for (const LoraAdapter* a = first; a != last; ++a)
+      for (int64_t slot = 0; slot < a->slots; ++slot) {
+        char* out = gradient_of(*a, slot);
+        if (out && !adapters.uses(slot)) std::memset(out, 0, a->rank * P * size_of(a->dtype));
+      }
   };
   if (any_A) gradients(V, args.X, args.ldx, K, true);
   if (any_B) gradients(args.U, backward.G, backward.ldg, N, false);

@@ -27,7 +27,7 @@ class Scratch {
   }
 
  private:
-  static constexpr size_t most_kept = size_t{8} << 20;
+  static constexpr size_t most_kept = size_t{16} << 20;
   void* data_ = nullptr;
   size_t size_ = 0;
 };

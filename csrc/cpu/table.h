@@ -103,7 +103,7 @@ struct OuterArgs {
   int64_t ldx;
   int64_t M, P;
   Dropout dropout;
-  float* D;           // [R, P]
+  float* D;           // [R, P]; null: wherever whoever asks for columns wants them
   int64_t first_row;  // of X, in the matrix that the dropout generator counts
   bool accumulate;    // adds to D
   RowNorm norm;
@@ -141,7 +141,8 @@ struct Table {
   int64_t packed_columns[dtype_count];    // of a weight, as many as `linear` packs at a time
   void (*linear[dtype_count])(const LinearArgs& args, int64_t column, int64_t columns, int64_t row_begin,
                               int64_t row_end);
-  void (*outer[dtype_count])(const OuterArgs& args, int64_t column, int64_t columns);
+  // D [R, columns] of these columns, in rows `ldd` apart.
+  void (*outer[dtype_count])(const OuterArgs& args, int64_t column, int64_t columns, float* D, int64_t ldd);
   void (*convert[dtype_count])(const void* x, int64_t count, DType to, void* out);  // to f32 or bf16
   void (*combine[dtype_count])(const CombineArgs& args, int64_t token_begin, int64_t token_end);
   void (*combine_backward[dtype_count])(const CombineBackwardArgs& args, int64_t token_begin, int64_t token_end);

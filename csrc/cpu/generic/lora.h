@@ -104,7 +104,7 @@ void down(const DownArgs& args, int64_t row_begin, int64_t row_end) {
 // D = V^T dropout(norm(X)), some panels of columns over all rows. X is the panel here, packed, widened, normalized and
 // dropped a block of rows at a time; the ranks are the rows of the tile.
 template <class S, class T>
-void outer(const OuterArgs& args, int64_t column, int64_t columns) {
+void outer(const OuterArgs& args, int64_t column, int64_t columns, float* D, int64_t ldd) {
   using Mode = Widened<S, float, float>;
   constexpr int64_t block = 256, NR = tile_columns<S>;
   constexpr int64_t rows_in_chain = 32;  // MKL's sums on AVX2 are as exact as that
@@ -151,8 +151,8 @@ void outer(const OuterArgs& args, int64_t column, int64_t columns) {
     const Segment& segment = args.dropout.segments[s];
     for (int64_t j = segment.begin; j < segment.end; ++j)
       for (int64_t p = 0; p < columns; ++p) {
-        float& D = args.D[j * args.P + column + p];
-        D = (args.accumulate ? D : 0.0f) + sums[j * width + p] * segment.keep_scale;
+        float& d = D[j * ldd + p];
+        d = (args.accumulate ? d : 0.0f) + sums[j * width + p] * segment.keep_scale;
       }
   }
 }
