@@ -1,6 +1,7 @@
 """Stock PEFT code with peftfast against the same without: equal results, or a reason for not being on."""
 
 import copy
+import gc
 import inspect
 import pickle
 import re
@@ -23,6 +24,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftfast
+from peftfast.integrations import forwards
 from peftfast.integrations.after_import import after_import
 from peftfast.integrations.peft import LoraLinear4bit
 from peftfast.nn.fourbit import Linear4bit
@@ -420,6 +422,23 @@ def test_compiled_model(dropout):
         torch.manual_seed(3)
         ours = compiled(x)
     torch.testing.assert_close(ours, eager, rtol=0, atol=0)
+
+
+def test_compiled_model_does_not_ask_what_other_models_fell_back_from():
+    torch._dynamo.reset()
+    net = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 8))
+    model = randomize(get_peft_model(net, LoraConfig(target_modules=["0", "1"])))
+    other = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"], use_dora=True))
+    x = torch.randn(7, 12)
+    with peftfast.enabled():
+        other(torch.randn(2, 4))
+        assert forwards.last_fallback(other.base_model.model[0])
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        ours = compiled(x)
+        del other
+        gc.collect()
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            torch.testing.assert_close(compiled(x), ours, rtol=0, atol=0)
 
 
 def test_meta_device():

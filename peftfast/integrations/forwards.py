@@ -135,7 +135,8 @@ def stand_in(
             return original(self, *args, **kwargs)
         reason = why_not(self, *args, **kwargs)
         if reason is None:
-            if _last_fallback:
+            # A compiled call notes nothing, and must not depend on the fate of all layers that ever fell back.
+            if not torch.compiler.is_compiling() and _last_fallback:
                 _last_fallback.pop(self, None)
             return fused(self, *args, **kwargs)
         fall_back(self, name, reason)
