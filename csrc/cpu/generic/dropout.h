@@ -13,14 +13,14 @@ template <class S>
 constexpr int64_t random_slack = 16 * S::wide_width;
 
 // The random words of elements [first, first + count) of the matrix; returned pointer is into `buffer`, which holds
-// count + random_slack words. Counters start at a multiple of `width`, so that their low half never wraps inside a
-// vector.
+// count + random_slack words. Counters start at a multiple of how many are computed together, so that their low half
+// never wraps on the way.
 template <class S>
 const uint32_t* random_words(const Dropout& dropout, const Segment& segment, int64_t first, int64_t count,
                              uint32_t* buffer) {
   using Wide = typename S::Wide;
-  constexpr int vectors = 2,
-                together = vectors * S::wide_width;  // one multiplies while the other waits for its product
+  constexpr int vectors = 2;  // one multiplies while the other waits for its product
+  constexpr int together = vectors * S::wide_width;
   const Wide m0 = S::wide(philox::multiplier0), m1 = S::wide(philox::multiplier1);
   const uint64_t begin = static_cast<uint64_t>(first) / 4 / together * together;
   const uint64_t end = (static_cast<uint64_t>(first + count) + 3) / 4;

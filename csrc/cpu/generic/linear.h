@@ -64,9 +64,8 @@ template <class S, class T>
 constexpr int64_t few_rows = in_matrix_tiles<S, T> ? 4 : 12;
 
 template <class S, class T>  // what the product is asked for in
-constexpr int64_t few_rows_fourbit = in_matrix_tiles<S, T>                             ? 4
-                                     : ChunkDot<S, std::is_same_v<T, bf16>>::rows > 12 ? 16
-                                                                                       : 12;
+constexpr int64_t few_rows_fourbit =
+    in_matrix_tiles<S, T> ? 4 : std::max<int64_t>(12, ChunkDot<S, std::is_same_v<T, bf16>>::rows);
 
 template <class S, class T>
 constexpr int64_t packed_columns = in_matrix_tiles<S, T> ? 4 * panel_columns : panel_columns;
@@ -188,9 +187,9 @@ class LinearStrip {
   // A line more than a row: a tile's rows a power of two apart would share too few sets of the caches.
   int64_t ld_parked() const { return width_ + 16; }
 
-  // The `columns` columns from `begin` on of the block that starts at q, for so many rows of X as make packing dear.
+  // The `columns` columns from `begin` on of the block that starts at q, while `rows` rows of X are multiplied.
   NextPanel next_panel(int64_t q, int64_t n, int64_t begin, int64_t columns, int64_t rows) const {
-    if (n <= 0 || rows > 192) return {};
+    if (n <= 0) return {};
     const int64_t tiles = (rows + S::tile_rows - 1) / S::tile_rows * ((end_ - begin_ + NR - 1) / NR);
     const int64_t steps = tiles * (n / Mode::unit);
     const bool along = args_.reduction_contiguous;
