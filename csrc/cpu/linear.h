@@ -161,7 +161,7 @@ void linear(std::vector<LinearArgs> list, DType compute, const Threads& threads)
     return n % count == 0 || n >= 8 * count;
   };
   for (size_t i = 0; i < list.size(); ++i) {
-    int64_t wide = list[i].along_rows ? panel_columns : table().packed_columns[static_cast<int>(forms[i].dtype)];
+    int64_t wide = list[i].along_rows ? 4 * panel_columns : table().packed_columns[static_cast<int>(forms[i].dtype)];
     // Panels of one strip share a block of X and the pages of W: as many as L2 holds the sums of.
     const bool packed = !list[i].along_rows && !forms[i].in_tiles;
     const int64_t most = most_sums / std::clamp<int64_t>(list[i].M, 1, 2048);

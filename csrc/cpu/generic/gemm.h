@@ -340,13 +340,20 @@ constexpr int dot_columns() {
   return columns;
 }
 
-// out[i, j] += x[i] . w[j] for `rows` rows of X and `columns` rows of W, over Q elements. What the products leave of
-// the register tile goes to more accumulators for each; a lane of one adds up chains.
-template <class S, class T, int rows, int columns>
-void dot_tile(const T* x, int64_t ldx, const T* w, int64_t ldw, int64_t Q, float* out, int64_t ldo) {
+// Accumulators for each product: what the products leave of the register tile.
+template <class S, int products>
+constexpr int dot_unroll() {
+  constexpr int room = S::tile_rows * S::tile_vectors / products;
+  return room >= 8 ? 8 : room >= 4 ? 4 : room >= 2 ? 2 : 1;
+}
+
+// out[i, j] += x[i] . w[j] for `rows` rows of X and `columns` rows of W, over Q elements. Of each
+// product's `unroll` accumulators a lane adds up chains. x(i, q) is where the vector from q on of row i of X is, and
+// prefetch(q) is called before each step.
+template <class S, class T, int rows, int columns, int unroll = dot_unroll<S, rows * columns>(), class X,
+          class Prefetch>
+PEFTFAST_INLINE void dot_tile(X x, const T* w, int64_t ldw, int64_t Q, Prefetch prefetch, float* out, int64_t ldo) {
   using Mode = DotMode<S, T>;
-  constexpr int room = S::tile_rows * S::tile_vectors / (rows * columns);
-  constexpr int unroll = room >= 8 ? 8 : room >= 4 ? 4 : room >= 2 ? 2 : 1;
   for (int64_t q = 0; q < Q;) {
     typename S::F c[rows][columns][unroll];
     for (int i = 0; i < rows; ++i)
@@ -354,15 +361,14 @@ void dot_tile(const T* x, int64_t ldx, const T* w, int64_t ldw, int64_t Q, float
         for (int u = 0; u < unroll; ++u) c[i][j][u] = S::zero();
     const int64_t whole = Q / Mode::width * Mode::width, end = std::min(q + chain * unroll * Mode::width, whole);
     for (; q + unroll * Mode::width <= end; q += unroll * Mode::width) {
-      if constexpr (columns > 1 && rows <= 4)  // several streams at once, of rows too few to hide the wait for them
-        for (int j = 0; j < columns; ++j) prefetch_row(w + j * ldw + q + 1024 / sizeof(T), unroll * Mode::width);
+      prefetch(q);
 #pragma GCC unroll 8
       for (int u = 0; u < unroll; ++u) {
         typename Mode::Vector b[columns];
         for (int j = 0; j < columns; ++j) b[j] = Mode::load(w + j * ldw + q + u * Mode::width);
 #pragma GCC unroll 8
         for (int i = 0; i < rows; ++i) {
-          const auto a = Mode::load(x + i * ldx + q + u * Mode::width);
+          const auto a = Mode::load(x(i, q + u * Mode::width));
           for (int j = 0; j < columns; ++j) c[i][j][u] = Mode::dot(a, b[j], c[i][j][u]);
         }
       }
@@ -372,7 +378,7 @@ void dot_tile(const T* x, int64_t ldx, const T* w, int64_t ldw, int64_t Q, float
         T last_x[rows][Mode::width] = {};
         T last_w[columns][Mode::width] = {};
         const int64_t n = std::min<int64_t>(Mode::width, Q - q);
-        for (int i = 0; i < rows; ++i) std::memcpy(last_x[i], x + i * ldx + q, n * sizeof(T));
+        for (int i = 0; i < rows; ++i) std::memcpy(last_x[i], x(i, q), n * sizeof(T));
         for (int j = 0; j < columns; ++j) std::memcpy(last_w[j], w + j * ldw + q, n * sizeof(T));
         for (int i = 0; i < rows; ++i)
           for (int j = 0; j < columns; ++j)
@@ -401,11 +407,68 @@ void dot_rows(const T* x, int64_t ldx, int64_t rows, const T* w, int64_t ldw, in
               int64_t ldo) {
   with_rows<S::tile_rows>(rows, [&](auto n) {
     constexpr int at_once = dot_columns<S, T, n.value>();
+    const auto at = [=](int i, int64_t q) __attribute__((always_inline)) { return x + i * ldx + q; };
     int64_t j = 0;
+    const auto ahead = [&](int64_t q) __attribute__((always_inline)) {
+      if constexpr (at_once > 1 && n.value <= 4)  // several streams, of rows too few to hide the wait for them
+        for (int k = 0; k < at_once; ++k) prefetch_row(w + (j + k) * ldw + q + 1024 / sizeof(T), 8 * S::width);
+    };
     for (; j + at_once <= columns; j += at_once)
-      dot_tile<S, T, n.value, at_once>(x, ldx, w + j * ldw, ldw, Q, out + j, ldo);
-    for (; j < columns; ++j) dot_tile<S, T, n.value, 1>(x, ldx, w + j * ldw, ldw, Q, out + j, ldo);
+      dot_tile<S, T, n.value, at_once>(at, w + j * ldw, ldw, Q, ahead, out + j, ldo);
+    for (; j < columns; ++j) dot_tile<S, T, n.value, 1>(at, w + j * ldw, ldw, Q, [](int64_t) {}, out + j, ldo);
   });
+}
+
+// The same for more rows, of a W in memory. A block of the reduction of X is copied to L1, the same vector of each row
+// and then the next, and stays there while the rows of W go by. A tile is near to square: some CPUs load no more than
+// one vector for each two that they multiply. What comes after the next tile is asked for meanwhile.
+constexpr int columns_near = 3;
+template <class S>
+constexpr int rows_near = S::tile_rows * S::tile_vectors / columns_near;
+
+template <class S, class T>
+void dot_rows_from_memory(const T* x, int64_t ldx, int64_t rows, const T* w, int64_t ldw, int64_t columns, int64_t Q,
+                          float* out, int64_t ldo) {
+  constexpr int64_t width = DotMode<S, T>::width, room = 24 * 1024 / sizeof(T);  // of the 32 KiB that L1 has at least
+  alignas(64) T near[room];
+  const int64_t block = room / rows / width * width;
+  const int64_t groups = (rows + rows_near<S> - 1) / rows_near<S>, group = (rows + groups - 1) / groups;
+  const int64_t tiles = (columns + columns_near - 1) / columns_near;
+  for (int64_t q = 0; q < Q; q += block) {
+    const int64_t n = std::min(block, Q - q), padded = (n + width - 1) / width * width;
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t first = i / group * group, in_group = std::min(group, rows - first);
+      T* to = near + first * padded + (i - first) * width;
+      const T* from = x + i * ldx + q;
+      int64_t k = 0;
+      for (; k + width <= n; k += width) std::memcpy(to + k * in_group, from + k, width * sizeof(T));
+      if (k < n) std::memcpy(to + k * in_group, from + k, (n - k) * sizeof(T));
+    }
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t j = tile * columns_near, count = std::min<int64_t>(columns_near, columns - j);
+      const bool beyond = tile + 2 >= tiles;  // in the next block
+      const T* next = w + (tile + 2 - (beyond ? tiles : 0)) * columns_near * ldw + q + (beyond ? block : 0);
+      if (beyond && (q + block >= Q || tile + 2 - tiles >= tiles)) next = nullptr;
+      for (int64_t m = 0, asked = 0; m < rows; m += group) {
+        const int64_t until = next ? count * (m / group + 1) / groups : 0;  // each group asks for some of the columns
+        const auto prefetch = [=](int64_t k) __attribute__((always_inline)) {
+          for (int64_t c = asked; c < until; ++c) __builtin_prefetch(next + c * ldw + k);
+        };
+        asked = until;
+        with_rows<rows_near<S>>(std::min(group, rows - m), [&](auto r) {
+          constexpr int of_group = r.value;
+          const auto at = [from = static_cast<const T*>(near + m * padded)](int i, int64_t k)
+                              __attribute__((always_inline)) { return from + k * of_group + i * width; };
+          float* to = out + m * ldo + j;
+          // One accumulator each, so that a column's sum does not depend on the columns beside it.
+          if (count == columns_near)
+            return dot_tile<S, T, of_group, columns_near, 1>(at, w + j * ldw + q, ldw, n, prefetch, to, ldo);
+          for (int64_t c = 0; c < count; ++c)
+            dot_tile<S, T, of_group, 1, 1>(at, w + (j + c) * ldw + q, ldw, n, prefetch, to + c, ldo);
+        });
+      }
+    }
+  }
 }
 
 }  // namespace

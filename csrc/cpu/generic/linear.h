@@ -61,7 +61,7 @@ MatrixTiles matrix_tiles(const LinearArgs& args) {
 }
 
 template <class S, class T>
-constexpr int64_t few_rows = in_matrix_tiles<S, T> ? 4 : 12;
+constexpr int64_t few_rows = in_matrix_tiles<S, T> ? 4 : 16;
 
 template <class S, class T>  // what the product is asked for in
 constexpr int64_t few_rows_fourbit =
@@ -541,7 +541,7 @@ class LinearStrip {
     return row_words_[i] + p - begin_;
   }
 
-  // Few rows, reduction contiguous: nothing is packed. Eight rows of W stay in L1 and L2 while all rows of X meet them.
+  // Few rows, reduction contiguous: nothing is packed.
   void dot_products(int64_t row_begin, int64_t row_end) {
     if constexpr (std::is_same_v<T, float>)
       if (args_.fourbit) {
@@ -549,11 +549,10 @@ class LinearStrip {
                             args_.bf16_codes, args_.fourbit_row + column_, columns_, args_.Q, parked_, ld_parked());
         return;
       }
-    for (int64_t p = 0; p < columns_; p += 8)
-      for (int64_t m = row_begin; m < row_end; m += S::tile_rows)
-        dot_rows<S, T>(X() + m * args_.ldx, args_.ldx, std::min<int64_t>(S::tile_rows, row_end - m),
-                       W() + (column_ + p) * args_.ldw, args_.ldw, std::min<int64_t>(8, columns_ - p), args_.Q,
-                       parked_ + (m - row_begin) * ld_parked() + p, ld_parked());
+    const int64_t rows = row_end - row_begin;
+    const auto dot = rows <= rows_near<S> / 2 ? dot_rows<S, T> : dot_rows_from_memory<S, T>;
+    dot(X() + row_begin * args_.ldx, args_.ldx, rows, W() + column_ * args_.ldw, args_.ldw, columns_, args_.Q, parked_,
+        ld_parked());
   }
 
   // At most one tile of rows, columns contiguous: W itself is the panel.
