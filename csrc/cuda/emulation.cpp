@@ -51,8 +51,23 @@ struct Copy {
   int bytes, group;
 };
 
+struct TileCopy {
+  char* to;
+  TileMap map;
+  int64_t row, column;
+  uint64_t* barrier;
+};
+
+// As a barrier in shared memory is laid out here.
+struct BarrierState {
+  uint16_t count, missing;        // arrivals of a phase
+  int32_t phase : 1, bytes : 31;  // the current one; still to come
+};
+static_assert(sizeof(BarrierState) == sizeof(uint64_t));
+
 struct Fiber {
   enum { ready, waiting, done } state;
+  bool polls;  // a barrier in shared memory
   void* stack;
   std::vector<Copy> copies;
   int groups;  // of copies, committed
@@ -70,8 +85,10 @@ struct Machine {
   std::vector<char> shared;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
+  std::vector<TileCopy> tiles;
   std::vector<int> order;
   int place, at_barrier, alive;
+  int slow;  // a warp that goes on when no other can
   void* scheduler;
   const std::function<void()>* thread;
   std::minstd_rand random;
@@ -79,22 +96,34 @@ struct Machine {
 
 thread_local Machine machine;
 
-void resume_next() {  // from a fiber to the next that can run, or to run() when none is left
+int next_ready(bool polling, bool slow) {  // the next fiber that can run, of those too where it says so; or -1
   Machine& m = machine;
-  const int count = static_cast<int>(m.order.size()), self = static_cast<int>(threadIdx.x);
-  Fiber& from = m.fibers[self];
-  if (m.alive == 0) peftfast_switch_stacks(&from.stack, m.scheduler);
-  for (int i = 0; i < count; ++i) {
-    m.place = m.place + 1 == count ? 0 : m.place + 1;
-    const int next = m.order[m.place];
-    if (m.fibers[next].state != Fiber::ready) continue;
-    if (next == self) return;
-    threadIdx.x = static_cast<unsigned>(next);
-    peftfast_switch_stacks(&from.stack, m.fibers[next].stack);
-    threadIdx.x = static_cast<unsigned>(self);
-    return;
+  const int count = static_cast<int>(m.order.size());
+  for (int i = 0, place = m.place; i < count; ++i) {
+    if (++place == count) place = 0;
+    const int fiber = m.order[place];
+    if (m.fibers[fiber].state != Fiber::ready || (m.fibers[fiber].polls && !polling)) continue;
+    if (fiber / lanes == m.slow && !slow) continue;
+    m.place = place;
+    return fiber;
   }
-  fail("every thread waits for another.");
+  return -1;
+}
+
+// From a fiber to the next, or to run() when none is left. A thread that ended never returns from here, so that nothing
+// may be left on its stack that a sanitizer guards.
+void resume_next() {
+  Machine& m = machine;
+  const int self = static_cast<int>(threadIdx.x);
+  if (m.alive == 0) peftfast_switch_stacks(&m.fibers[self].stack, m.scheduler);
+  int next = next_ready(false, false);
+  if (next < 0) next = next_ready(false, true);
+  if (next < 0) next = next_ready(true, true);
+  if (next < 0) fail("every thread waits for another.");
+  if (next == self) return;
+  threadIdx.x = static_cast<unsigned>(next);
+  peftfast_switch_stacks(&m.fibers[self].stack, m.fibers[next].stack);
+  threadIdx.x = static_cast<unsigned>(self);
 }
 
 void release_barrier() {
@@ -138,6 +167,7 @@ void run(dim3 grid, int threads, int64_t shared_bytes, const std::function<void(
         m.warps.assign(threads / lanes, {});
         std::shuffle(m.order.begin(), m.order.end(), m.random);
         m.at_barrier = 0, m.alive = threads, m.place = 0;
+        m.slow = static_cast<int>(m.random() % (threads / lanes));
         for (int i = 0; i < threads; ++i) {
           // As peftfast_switch_stacks leaves a stack: six registers, then the address to go on at, such that the stack
           // pointer is 8 past a multiple of 16 there, as after a call.
@@ -148,6 +178,7 @@ void run(dim3 grid, int threads, int64_t shared_bytes, const std::function<void(
         }
         threadIdx.x = static_cast<unsigned>(m.order[0]);
         peftfast_switch_stacks(&m.scheduler, m.fibers[m.order[0]].stack);
+        if (!m.tiles.empty()) fail("a block ended before its tiles arrived.");
       }
 }
 
@@ -201,6 +232,72 @@ void wait_for_copies(int groups_still_under_way) {
     if (copy.bytes > 0) std::memcpy(copy.to, copy.from, copy.bytes);
   }
   self.copies.resize(kept);
+}
+
+namespace {
+
+template <class F>
+void change(uint64_t* barrier, F f) {
+  BarrierState state;
+  std::memcpy(&state, barrier, sizeof(state));
+  f(state);
+  if (state.missing == 0 && state.bytes == 0) state.phase = !state.phase, state.missing = state.count;
+  std::memcpy(barrier, &state, sizeof(state));
+}
+
+void deliver(const TileCopy& copy) {
+  const TileMap& map = copy.map;
+  const auto base = reinterpret_cast<uintptr_t>(copy.to);
+  if (base % 1024 != 0) fail("a tile must start at a multiple of 1024.");
+  for (int64_t i = 0; i < map.box_rows; ++i)
+    for (int64_t j = 0; j < 64; ++j) {
+      const int64_t row = copy.row + i, column = copy.column + j;
+      const bool inside = row < map.rows && column < map.columns;
+      const uint16_t value = inside ? map.data[row * map.ld + column] : 0;
+      std::memcpy(copy.to + i * 128 + ((j / 8) ^ (i % 8)) * 16 + j % 8 * 2, &value, sizeof(value));
+    }
+  change(copy.barrier, [&](BarrierState& state) { state.bytes -= map.box_rows * 128; });
+}
+
+}  // namespace
+
+void init_barrier(uint64_t* barrier, int count) {
+  const BarrierState state{static_cast<uint16_t>(count), static_cast<uint16_t>(count), 0, 0};
+  std::memcpy(barrier, &state, sizeof(state));
+}
+
+void arrive(uint64_t* barrier, int bytes_to_come) {
+  change(barrier, [&](BarrierState& state) {
+    if (state.missing == 0) fail("more threads arrived at a barrier than it waits for.");
+    --state.missing, state.bytes += bytes_to_come;
+  });
+}
+
+void copy_tile(void* to, const TileMap& map, int64_t row, int64_t column, uint64_t* barrier) {
+  machine.tiles.push_back({static_cast<char*>(to), map, row, column, barrier});
+}
+
+void wait(uint64_t* barrier, uint32_t parity) {
+  Machine& m = machine;
+  for (int tries = 0;; ++tries) {
+    for (size_t i = 0; i < m.tiles.size();) {
+      if (m.tiles[i].barrier != barrier) {
+        ++i;
+        continue;
+      }
+      const TileCopy copy = m.tiles[i];
+      m.tiles.erase(m.tiles.begin() + i);
+      deliver(copy);
+    }
+    BarrierState state;
+    std::memcpy(&state, barrier, sizeof(state));
+    if ((static_cast<uint32_t>(state.phase) & 1) != parity) return;
+    if (tries == 100000) fail("a barrier in shared memory is never completed.");
+    Fiber& self = m.fibers[threadIdx.x];
+    self.polls = true;
+    resume_next();
+    self.polls = false;
+  }
 }
 
 }  // namespace peftfast::cuda::emulation

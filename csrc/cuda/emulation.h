@@ -1,5 +1,6 @@
 // What the kernels of this folder use of CUDA, for a CPU: blocks run one after another, the threads of a block as
-// fibers that change places at every barrier and warp instruction, in an order drawn anew for each block. So the tests
+// fibers that change places at every barrier and warp instruction, in an order drawn anew for each block, with one warp
+// that lags behind the others as far as barriers let it. So the tests
 // run the very kernels on machines without a GPU, sanitizers see each access, and what is missing a barrier shows.
 // Asynchronous copies arrive when they are waited for, not before. For tests only: it is slow.
 #pragma once
@@ -47,6 +48,17 @@ char* shared();
 void copy_later(void* to, const void* from, int bytes);  // what is missing of 16 bytes becomes zeros
 void commit_copies();
 void wait_for_copies(int groups_still_under_way);
+
+// Of compute capability 9.0: see hopper.cuh. A tile, too, arrives when it is waited for.
+struct TileMap {
+  const uint16_t* data;
+  int64_t rows, columns, ld;
+  int box_rows;
+};
+void init_barrier(uint64_t* barrier, int count);
+void arrive(uint64_t* barrier, int bytes_to_come);
+void wait(uint64_t* barrier, uint32_t parity);
+void copy_tile(void* to, const TileMap& map, int64_t row, int64_t column, uint64_t* barrier);
 
 }  // namespace peftfast::cuda::emulation
 
