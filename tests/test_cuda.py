@@ -32,9 +32,18 @@ def test_the_build_says_what_it_has():
 
 
 def choice(
-    M, N=4096, K=4096, groups=1, dtype=BFLOAT16, compute=BFLOAT16, four_bit=True, straight=True, dropout=False
+    M,
+    N=4096,
+    K=4096,
+    groups=1,
+    dtype=BFLOAT16,
+    compute=BFLOAT16,
+    four_bit=True,
+    straight=True,
+    dropout=False,
+    hopper=False,
 ):
-    return _C.cuda_choice(M, N, K, groups, dtype, compute, four_bit, straight, dropout)
+    return _C.cuda_choice(M, N, K, groups, dtype, compute, four_bit, straight, dropout, hopper)
 
 
 @emulated
@@ -79,6 +88,54 @@ def test_fp32_and_odd_shapes():
     assert choice(4096, dtype=FLOAT16, compute=BFLOAT16) == ("plain", 0, False)
     assert choice(8, K=4090) == ("tiled", 32, True)  # codes straddle rows: decoded first
     assert choice(8, K=4090, groups=4) == ("plain", 0, False)
+
+
+@emulated
+def test_hopper_multiplies_many_rows_of_a_dense_weight():
+    assert choice(256, four_bit=False, hopper=True) == ("hopper", 256, False)
+    assert choice(4096, hopper=True) == ("hopper", 256, True)
+    assert choice(4096, straight=False, dropout=True, hopper=True) == ("hopper", 256, True)
+    assert choice(4096, dtype=FLOAT32, hopper=True) == ("hopper", 256, True)
+    assert choice(255, four_bit=False, hopper=True) == ("tiled", 128, False)
+    assert choice(511, hopper=True) == ("tiled", 128, False)  # decoded within the product
+    assert choice(4096, K=4090, hopper=True) == ("tiled", 128, True)  # rows at no multiple of 16 bytes
+    assert choice(65536, groups=64, four_bit=False, hopper=True) == ("tiled", 128, False)
+
+
+needs_hopper = pytest.mark.skipif(
+    not hasattr(_C, "cuda_choice")
+    and not ("cuda" in KERNEL_DEVICES and torch.cuda.get_device_capability() == (9, 0)),
+    reason=f"needs a GPU of compute capability 9.0, or its kernels emulated: {cuda_state()}",
+)
+
+
+@needs_hopper
+@pytest.mark.parametrize("shape", [(256, 128, 64), (300, 200, 328), (520, 136, 72)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "4-bit"])
+def test_hopper_agrees_with_the_other_kernels(shape, dtype, quantized, monkeypatch):
+    torch.manual_seed(2)
+    device = "cuda" if "cuda" in KERNEL_DEVICES else "cpu"
+    M, N, K = shape
+    rank = 20  # more than one tile of ranks
+    x, A = torch.randn(M, K), torch.randn(rank, K) / 10
+    weight, B, bias = torch.randn(N, K) / 10, torch.randn(N, rank), torch.randn(N)
+    gradient = torch.randn(M, N)
+    inputs = [t.to(device, dtype).requires_grad_() for t in (x, A, B)]
+    weight, bias, gradient = (t.to(device, dtype) for t in (weight, bias, gradient))
+    seed = torch.tensor([7], device=device)
+    linear = ops.lora_linear
+    if quantized:
+        weight, linear = ops.fourbit_quantize(weight), ops.fourbit_linear
+
+    def run(wgmma):
+        monkeypatch.setenv("PEFTFAST_CUDA_WGMMA", wgmma)
+        x, A, B = inputs
+        y = linear(x, weight, A, B, 0.5, bias=bias, dropout=0.3, seed=seed)
+        return [y, *torch.autograd.grad(y, inputs, gradient)]
+
+    for ours, other in zip(run("1"), run("0"), strict=True):
+        torch.testing.assert_close(ours, other, rtol=0.01, atol=0.02)
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ constexpr int64_t most_decoded_bytes = int64_t{256} << 20;
 
 }  // namespace
 
-Choice pick(const Linear& args) {
+Choice pick(const Linear& args, bool hopper) {
   constexpr Choice plain{Choice::plain, 0, false};
   const bool four_bit = args.W.fourbit.blocksize != 0;
   if (args.compute == DType::f32 || (args.dtype != DType::f32 && args.dtype != args.compute)) return plain;
@@ -137,6 +137,11 @@ Choice pick(const Linear& args) {
     if (rows <= 16) return {Choice::few, 16, false};
     if (rows <= 64 && four_bit) return {Choice::few, 64, false};
   }
+  const bool dense = decode_first || !four_bit, narrows = args.dtype == DType::f32;
+  const bool pieces_of_16_bytes = (narrows || in_16_bytes(args.X, args.ldx)) &&
+                                  (decode_first ? line % 8 == 0 : in_16_bytes(args.W.dense, args.W.ld));
+  if (hopper && dense && !grouped && rows >= 256 && args.Q > 0 && pieces_of_16_bytes)
+    return {Choice::hopper, 256, decode_first};
   return {Choice::tiled, rows <= 48 ? 32 : 128, decode_first};
 }
 
@@ -153,7 +158,7 @@ void linear(const Linear& given, const Stream& stream) {
            stream, args.rows, args.P * size_of(args.dtype), static_cast<char*>(args.Y));
   }
   if (!four_bit && args.W.dense == nullptr) args.Q = 0;  // adapters alone
-  const Choice choice = pick(args);
+  const Choice choice = pick(args, hopper_in_use());
   if (choice.kernel == Choice::plain) {
     launch("linear", linear_plain_kernel,
            {static_cast<unsigned>(args.rows.most_tiles(tile)), static_cast<unsigned>(ceil_div(args.P, tile)), 1},
@@ -176,6 +181,8 @@ void linear(const Linear& given, const Stream& stream) {
   }
   if (choice.kernel == Choice::few)
     linear_few(args, choice.tile_rows, stream);
+  else if (choice.kernel == Choice::hopper)
+    linear_hopper(args, stream);
   else
     linear_tiled(args, choice.tile_rows, stream);
 }

@@ -10,6 +10,7 @@
 // rotated so that the eight rows of a matrix that ldmatrix reads lie in different banks.
 #include <type_traits>
 
+#include "epilogue.cuh"
 #include "weight.cuh"
 
 namespace peftfast::cuda {
@@ -57,55 +58,12 @@ __global__ void __launch_bounds__(threads) linear_kernel(Linear args, bool align
 
   float sums[row_fragments][column_fragments][4] = {};
 
-  // ---- the low-rank term; two blocks fit a multiprocessor only while nothing here is unrolled or kept in registers
-  const int tile_count = rows.slot >= 0 ? args.ranks.tile_count : 0;
+  LowRankTerm<tile_rows, columns, threads> low_rank(args, rows, column, shared);
 #pragma unroll 1
-  for (int tile = 0; tile < tile_count; ++tile) {
-    const RankTile& ranks = args.ranks.tiles[tile];
-    const float scale = args.dropout ? ranks.keep_scale : 1.0f;
-    float (*u)[rank_tile + 1] = reinterpret_cast<float (*)[rank_tile + 1]>(shared);
-    float (*l)[columns] = reinterpret_cast<float (*)[columns]>(shared + tile_rows * (rank_tile + 1) * 4);
-    __syncthreads();
-    for (int i = threadIdx.x; i < tile_rows * rank_tile; i += threads) {
-      const int64_t row = rows.first + i / rank_tile;
-      const int rank = ranks.first + i % rank_tile;
-      u[i / rank_tile][i % rank_tile] = row < rows.end && rank < ranks.end ? args.U[row * args.ranks.R + rank] : 0.0f;
-    }
-    for (int i = threadIdx.x; i < rank_tile * columns; i += threads) {
-      const int rank = ranks.first + i / columns;
-      const int64_t p = column + i % columns;
-      l[i / columns][i % columns] =
-          rank < ranks.end && p < args.P ? args.L[(rows.slot * args.ranks.R + rank) * args.P + p] * scale : 0.0f;
-    }
-    __syncthreads();
+  for (int tile = 0; tile < low_rank.tiles(); ++tile) {
+    low_rank.fetch(tile);
 #pragma unroll
-    for (int i = 0; i < row_fragments; ++i) {
-      float terms[column_fragments][4] = {};
-      const int top = row_of_warp + 16 * i + g;
-#pragma unroll 1
-      for (int k = 0; k < rank_tile; ++k) {
-        const float upper = u[top][k], lower = u[top + 8][k];
-#pragma unroll
-        for (int j = 0; j < column_fragments; ++j) {
-          const float left = l[k][column_of_warp + 8 * j + 2 * t], right = l[k][column_of_warp + 8 * j + 2 * t + 1];
-          terms[j][0] = fmaf(upper, left, terms[j][0]), terms[j][1] = fmaf(upper, right, terms[j][1]);
-          terms[j][2] = fmaf(lower, left, terms[j][2]), terms[j][3] = fmaf(lower, right, terms[j][3]);
-        }
-      }
-      __syncwarp();  // so that what the mask needs is read again
-      Mask mask(ranks, args.dropout, args.ranks.seed);
-#pragma unroll
-      for (int j = 0; j < column_fragments; ++j)
-#pragma unroll
-        for (int v = 0; v < 4; ++v) {
-          float term = terms[j][v];
-          if (mask.drops()) {
-            const int64_t row = rows.first + top + v / 2 * 8, p = column + column_of_warp + 8 * j + 2 * t + v % 2;
-            if (!mask.keeps(row * args.P + p)) term = 0;
-          }
-          sums[i][j][v] += term;
-        }
-    }
+    for (int i = 0; i < row_fragments; ++i) low_rank.add(tile, row_of_warp + 16 * i, column_of_warp, sums[i]);
   }
   __syncthreads();
 
@@ -212,40 +170,16 @@ __global__ void __launch_bounds__(threads) linear_kernel(Linear args, bool align
   }
   wait_for_copies<0>();
 
-  // ---- bias, rounding, Y
 #pragma unroll
-  for (int j = 0; j < column_fragments; ++j) {
-    const int64_t p = column + column_of_warp + 8 * j + 2 * t;
-    const int count = p + 1 < args.P ? 2 : p < args.P ? 1 : 0;
-    const float* biases = args.bias ? args.bias + rows.expert * args.P + p : nullptr;
-    const float bias[2] = {biases && count > 0 ? biases[0] : 0.0f, biases && count > 1 ? biases[1] : 0.0f};
-#pragma unroll
-    for (int i = 0; i < row_fragments; ++i)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int64_t row = rows.first + row_of_warp + 16 * i + g + 8 * half;
-        if (row >= rows.end) continue;
-        const float first = sums[i][j][2 * half] + bias[0], second = sums[i][j][2 * half + 1] + bias[1];
-        if (args.dtype == DType::f32) {
-          float* y = static_cast<float*>(args.Y) + row * args.P + p;
-          if (count > 0) y[0] = first;
-          if (count > 1) y[1] = second;
-        } else if (count == 2 && args.P % 2 == 0) {
-          *reinterpret_cast<uint32_t*>(static_cast<T*>(args.Y) + row * args.P + p) = pack<T>(first, second);
-        } else {
-          T* y = static_cast<T*>(args.Y) + row * args.P + p;
-          if (count > 0) y[0] = from_float<T>(first);
-          if (count > 1) y[1] = from_float<T>(second);
-        }
-      }
-  }
+  for (int i = 0; i < row_fragments; ++i)
+    store_fragments<T>(args, rows, rows.first + row_of_warp + 16 * i + g, column + column_of_warp + 2 * t, sums[i]);
 }
 
 template <class T, int tile_rows, bool straight, bool four_bit>
 void launch_tiled(const Linear& args, const Stream& stream) {
   const dim3 grid{static_cast<unsigned>(args.rows.most_tiles(tile_rows)),
                   static_cast<unsigned>(ceil_div(args.P, columns)), 1};
-  static_assert(tile_rows * (rank_tile + 1) * 4 + rank_tile * columns * 4 <= stages * stage_bytes<tile_rows>);
+  static_assert(LowRankTerm<tile_rows, columns, threads>::bytes <= stages * stage_bytes<tile_rows>);
   launch("linear", linear_kernel<T, tile_rows, straight, four_bit>, grid, threads,
          stages * stage_bytes<tile_rows> + (four_bit ? codebook_bytes : 0), stream, args, in_16_bytes(args.X, args.ldx),
          in_16_bytes(args.W.dense, args.W.ld));

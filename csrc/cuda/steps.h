@@ -81,6 +81,10 @@ void decode(const FourBitMatrix& W, int64_t count, DType dtype, void* out, const
 void linear_plain(const Linear& args, const Stream& stream);                 // anything
 void linear_few(const Linear& args, int tile_rows, const Stream& stream);    // 16 bits, reduction contiguous
 void linear_tiled(const Linear& args, int tile_rows, const Stream& stream);  // 16 bits
+void linear_hopper(const Linear& args, const Stream& stream);                // 16 bits, as pick() says
+
+// Whether the GPU in use has what linear_hopper takes, and it is asked for: PEFTFAST_CUDA_WGMMA=1.
+bool hopper_in_use();
 
 // Where a 16-bit row can be read 16 bytes at a time.
 inline bool in_16_bytes(const void* data, int64_t ld) {
@@ -89,10 +93,10 @@ inline bool in_16_bytes(const void* data, int64_t ld) {
 
 // Which kernel a base product runs on.
 struct Choice {
-  enum Kernel { plain, few, tiled } kernel;
-  int tile_rows;      // of few (16 or 64) and tiled (32 or 128)
+  enum Kernel { plain, few, tiled, hopper } kernel;
+  int tile_rows;      // of few (16 or 64), tiled (32 or 128) and hopper (256)
   bool decode_first;  // a 4-bit W goes through a workspace rather than being decoded in the product
 };
-Choice pick(const Linear& args);
+Choice pick(const Linear& args, bool hopper);
 
 }  // namespace peftfast::cuda

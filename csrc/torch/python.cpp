@@ -33,7 +33,7 @@ std::vector<std::string> supported_isas() {
 #ifdef PEFTFAST_EMULATE_CUDA
 // Which GPU kernel a base product of M rows would run on: its name, its rows at a time, and whether W is decoded first.
 std::tuple<std::string, int, bool> cuda_choice(int64_t M, int64_t N, int64_t K, int64_t groups, int dtype, int compute,
-                                               bool four_bit, bool reduction_contiguous, bool dropout) {
+                                               bool four_bit, bool reduction_contiguous, bool dropout, bool hopper) {
   namespace cuda = peftfast::cuda;
   static const int64_t offsets[1] = {};
   cuda::Linear args{.rows = {M, {groups, groups > 1 ? offsets : nullptr}},
@@ -44,8 +44,8 @@ std::tuple<std::string, int, bool> cuda_choice(int64_t M, int64_t N, int64_t K, 
                     .W = {.fourbit = {.blocksize = four_bit ? 64 : 0}},
                     .reduction_contiguous = reduction_contiguous,
                     .dropout = dropout};
-  const cuda::Choice choice = cuda::pick(args);
-  const char* names[] = {"plain", "few", "tiled"};
+  const cuda::Choice choice = cuda::pick(args, hopper);
+  const char* names[] = {"plain", "few", "tiled", "hopper"};
   return {names[choice.kernel], choice.tile_rows, choice.decode_first};
 }
 #endif
