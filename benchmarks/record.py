@@ -35,7 +35,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -532,6 +532,7 @@ def parser_of(
     add = parser.add_argument
     add("--quick", action="store_true", help=quick)
     add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--graphs", action="store_true", help="each implementation once more as a CUDA graph, replayed")
     add("--threads", type=positive, help="torch's threads; default: as torch chooses")
     add("--cap", type=float, default=cap, metavar="S", help="seconds a call from which a rival is skipped")
     add("--budget", type=float, default=budget, metavar="S", help="seconds for the timed rounds of one point")
@@ -543,7 +544,42 @@ def parsed(parser: argparse.ArgumentParser, arguments: list[str] | None = None) 
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here")
+    if options.graphs and options.device == "cpu":
+        parser.error("--graphs takes --device cuda")
     return options
+
+
+class Replay:
+    """A call as a CUDA graph: captured when it is called first, after three calls beside it, and replayed."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self.call, self.graph, self.result = call, None, None
+
+    def __call__(self) -> Any:
+        if self.graph is None:
+            beside = torch.cuda.Stream()
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                for _ in range(3):
+                    self.call()
+            torch.cuda.current_stream().wait_stream(beside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.result = self.call()
+            self.graph = graph
+        self.graph.replay()
+        return self.result
+
+
+def with_replays(contenders: dict[str, Contender]) -> dict[str, Contender]:
+    """The contenders, and each as a CUDA graph."""
+    replays = {
+        f"{name}, graph": replace(
+            contender, run=Replay(contender.run), shrunk=None, saved_bytes=None, peak_bytes=None
+        )
+        for name, contender in contenders.items()
+    }
+    return contenders | replays
 
 
 def run(
@@ -577,7 +613,7 @@ def run(
         console.print(fact, highlight=False)
     record.measure_points(
         points,
-        lambda point: contenders(point, options.device),
+        lambda point: (with_replays if options.graphs else dict)(contenders(point, options.device)),
         path,
         console,
         cap=options.cap,
