@@ -347,9 +347,9 @@ constexpr int dot_unroll() {
   return room >= 8 ? 8 : room >= 4 ? 4 : room >= 2 ? 2 : 1;
 }
 
-// out[i, j] += x[i] . w[j] for `rows` rows of X and `columns` rows of W, over Q elements. Of each
-// product's `unroll` accumulators a lane adds up chains. x(i, q) is where the vector from q on of row i of X is, and
-// prefetch(q) is called before each step.
+// out[i, j] += x[i] . w[j] for `rows` rows of X and `columns` rows of W, over Q elements. A lane of a
+// product's `unroll` accumulators adds up chains. x(i, q) is where the vector from q on of row i of X is; prefetch(q)
+// is called before each step.
 template <class S, class T, int rows, int columns, int unroll = dot_unroll<S, rows * columns>(), class X,
           class Prefetch>
 PEFTFAST_INLINE void dot_tile(X x, const T* w, int64_t ldw, int64_t Q, Prefetch prefetch, float* out, int64_t ldo) {
@@ -411,7 +411,9 @@ void dot_rows(const T* x, int64_t ldx, int64_t rows, const T* w, int64_t ldw, in
     int64_t j = 0;
     const auto ahead = [&](int64_t q) __attribute__((always_inline)) {
       if constexpr (at_once > 1 && n.value <= 4)  // several streams, of rows too few to hide the wait for them
-        for (int k = 0; k < at_once; ++k) prefetch_row(w + (j + k) * ldw + q + 1024 / sizeof(T), 8 * S::width);
+        for (int k = 0; k < at_once; ++k)
+          prefetch_row(w + (j + k) * ldw + q + 1024 / sizeof(T),
+                       dot_unroll<S, n.value * at_once>() * DotMode<S, T>::width);
     };
     for (; j + at_once <= columns; j += at_once)
       dot_tile<S, T, n.value, at_once>(at, w + j * ldw, ldw, Q, ahead, out + j, ldo);
