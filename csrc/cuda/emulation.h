@@ -1,8 +1,8 @@
 // What the kernels of this folder use of CUDA, for a CPU: blocks run one after another, the threads of a block as
 // fibers that change places at every barrier and warp instruction, in an order drawn anew for each block, with one warp
-// that lags behind the others as far as barriers let it. So the tests
-// run the very kernels on machines without a GPU, sanitizers see each access, and what is missing a barrier shows.
-// Asynchronous copies arrive when they are waited for, not before. For tests only: it is slow.
+// that lags behind the others as far as barriers let it. So the tests run the very kernels on machines without a GPU,
+// sanitizers see each access, and what is missing a barrier shows. Asynchronous copies arrive when they are waited for,
+// not before. For tests only: it is slow.
 #pragma once
 
 #include <algorithm>
