@@ -27,5 +27,14 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options], check=True)
         subprocess.run(["cmake", "--build", build], check=True)
 
+    def copy_extensions_to_source(self) -> None:
+        """Of an editable install: what was built goes to the sources, the GPU kernels too, which are no extension."""
+        super().copy_extensions_to_source()
+        for extension in self.extensions:
+            kernels = Path(self.get_ext_fullpath(extension.name)).with_name("_cuda.so")
+            built = Path(self.build_lib, *extension.name.split(".")[:-1], kernels.name)
+            if built.exists():
+                self.copy_file(str(built), str(kernels), level=self.verbose)
+
 
 setup(ext_modules=[Extension("peftfast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
