@@ -489,6 +489,32 @@ def rms_norm(
     return (normalized.to(wide.dtype) * (offset + weight.to(wide.dtype))).to(dtype)
 
 
+# ---- attention --------------------------------------------------------------------------------------------
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(scale * q k^T) v over the keys that a query sees; see `peftfast.ops.attention`."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    k, v = (x.to(wide).repeat_interleave(q.shape[1] // max(x.shape[1], 1), dim=1) for x in (k, v))
+    scores = q.to(wide) @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    seen = torch.ones_like(scores, dtype=torch.bool)
+    if causal:
+        seen = seen.tril()
+    if mask is not None:
+        seen = seen & mask
+    # Scores of what is not seen stay finite, so that a query that sees nothing has a gradient: of zeros.
+    weights = torch.softmax(scores.masked_fill(~seen, torch.finfo(wide).min), dim=-1) * seen
+    return (weights @ v).to(q.dtype)
+
+
 # ---- the loss of a language model -------------------------------------------------------------------------
 
 

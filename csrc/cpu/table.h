@@ -132,6 +132,13 @@ struct BottleneckArgs {
   float* dot;  // [M], out, backward only
 };
 
+// pairs[i / 2] = (X[i], X[i + 1]) for even rows i: elements of two rows side by side, zeros beside a last odd one.
+struct PairRowsArgs {
+  const void* X;  // [rows, D], bf16
+  int64_t ld, D;
+  void* pairs;  // [rows, rounded up to an even number, D]
+};
+
 struct Table {
   bool bf16_dot;  // multiplies pairs of bf16 in one instruction
   void (*transpose[dtype_count])(const TransposeArgs& args, int64_t begin, int64_t end);
@@ -155,6 +162,11 @@ struct Table {
   void (*moments[dtype_count])(const MomentsArgs& args, int64_t row_begin, int64_t row_end);
   void (*bottleneck)(const BottleneckArgs& args, int64_t row_begin, int64_t row_end);
   void (*bottleneck_backward)(const BottleneckArgs& args, int64_t row_begin, int64_t row_end);
+  void (*pair_rows)(const PairRowsArgs& args, int64_t begin, int64_t end);  // begin is even
+  // Of blocks of 64 queries, [batch, heads, ceil(T / 64)]. For bf16 they take V's rows in pairs, [batch, kv_heads, ...].
+  void (*attention[dtype_count])(const AttentionArgs& args, const void* pairs, int64_t begin, int64_t end);
+  void (*attention_backward[dtype_count])(const AttentionBackwardArgs& args, int64_t begin,
+                                          int64_t end);  // of [batch, kv_heads]
   // Whether few rows of X must be arranged before they meet a 4-bit W with Q columns, and the arranging of one, the
   // `row`th of `rows` that share `out`: each [Q] becomes arranged_size(Q) floats, or what takes no more.
   int64_t (*arranged_size)(int64_t Q);  // 0: they are taken as they are

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "adapter.h"
+#include "attention.h"
 #include "fourbit.h"
 #include "lora.h"
 #include "moe.h"
@@ -71,9 +72,15 @@ STABLE_TORCH_LIBRARY(peftfast, library) {
       "bool want_x, bool want_weight) -> (Tensor grad_x, Tensor grad_weight)");
   def("cross_entropy(Tensor(a!) logits, Tensor targets, Tensor weights, float scale, float cap, bool want_gradient) "
       "-> Tensor losses");
+  def("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale) -> (Tensor y, Tensor lse)");
+  def("attention_backward(Tensor grad_y, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor y, Tensor lse, "
+      "bool causal, float scale) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(peftfast, CPU, library) { peftfast::register_adapter(library); }
+STABLE_TORCH_LIBRARY_IMPL(peftfast, CPU, library) {
+  peftfast::register_adapter(library);
+  peftfast::register_attention(library);
+}
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(peftfast, PEFTFAST_DISPATCH_KEY, library) {

@@ -44,6 +44,7 @@ class Report:
         losses: the language models, and whether their loss is computed without logits.
         eightbit: the weights in 8 bits, as those in 4.
         rowwise: the RMSNorms and gated MLPs of transformers' models, and whether they are fused.
+        attention: the layers of transformers' models that ask for torch's attention, and whether they are fused.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
@@ -52,6 +53,7 @@ class Report:
     losses: list[LayerReport] = field(default_factory=list)
     eightbit: dict[str, str] = field(default_factory=dict)
     rowwise: list[LayerReport] = field(default_factory=list)
+    attention: list[LayerReport] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[LayerReport]:
         return iter(self.layers)
@@ -96,21 +98,16 @@ class Report:
         for loss in self.losses:
             how = "without logits" if loss.fast else f"from logits: {loss.reason}"
             lines.append(f"  loss of {loss.name or 'the model itself'}: {how}")
-        if self.rowwise:
-            lines += self._rowwise_lines()
+        for what, parts in {"norms and gated MLPs": self.rowwise, "attention": self.attention}.items():
+            if parts:
+                fast = sum(layer.fast for layer in parts)
+                reasons = Counter(f"{layer.kind}: {layer.reason}" for layer in parts if not layer.fast)
+                lines.append(f"  fused {what}: {fast} of {len(parts)}")
+                lines += [f"    {reason} ({count})" for reason, count in reasons.items()]
         for reason, layers in by_reason.items():
             lines.append(f"  {reason} ({len(layers)})")
             lines += [f"    {layer.name or 'the model itself'}" for layer in layers]
         return "\n".join(lines)
-
-    def _rowwise_lines(self) -> list[str]:
-        """How many there are, and each reason with its number, without their names."""
-        fast = sum(layer.fast for layer in self.rowwise)
-        reasons = Counter(f"{layer.kind}: {layer.reason}" for layer in self.rowwise if not layer.fast)
-        return [
-            f"  fused norms and gated MLPs: {fast} of {len(self.rowwise)}",
-            *(f"    {reason} ({count})" for reason, count in reasons.items()),
-        ]
 
 
 def enable(strict: bool = False) -> None:
@@ -120,7 +117,7 @@ def enable(strict: bool = False) -> None:
     gradient checkpointing and on packed batches, where the documents of a row are told apart by position_ids.
     The loss of a language model that is given labels is computed without its logits; they come into being, as they
     would have been, if anything reads them. RMSNorms and gated MLPs of transformers' models keep for backward no more
-    than their operands.
+    than their operands. On the CPU their attention, where they ask for torch's, never leaves the caches.
 
     Whether a model is made or wrapped before or after this call makes no difference.
 
@@ -147,15 +144,15 @@ def enabled(strict: bool = False) -> Iterator[None]:
 
 
 def accelerate(model: nn.Module, strict: bool = False) -> nn.Module:
-    """Does for the adapters, prompts and 4-bit layers that `model` has now, and for its loss, its norms and its gated
-    MLPs, what `enable` does; and for no other model.
+    """Does for the adapters, prompts and 4-bit layers that `model` has now, and for its loss, its norms, its gated
+    MLPs and its attention, what `enable` does; and for no other model.
 
     Returns:
         `model` itself. A deepcopy of it is accelerated too.
     Raises:
         ValueError: the model has none of these.
     """
-    from peftfast.integrations import losses, rowwise
+    from peftfast.integrations import attention, losses, rowwise
 
     layers = [layer for _, layer, _ in _layers(model)]
     if not layers:
@@ -163,7 +160,8 @@ def accelerate(model: nn.Module, strict: bool = False) -> nn.Module:
             "model has no LoRA layers, prefix or prompt of PEFT and no 4-bit layers of bitsandbytes: "
             "call get_peft_model before accelerate."
         )
-    besides = (part for part in model.modules() if losses.answers_for(part) or rowwise.answers_for(part))
+    libraries = losses, rowwise, attention
+    besides = (part for part in model.modules() if any(library.answers_for(part) for library in libraries))
     for layer in (*layers, *besides):
         forwards.mark(layer, strict)
     forwards.restore(replace(forwards.switch, accelerated=True))
@@ -181,8 +179,8 @@ def report(model: nn.Module) -> Report:
     """
     with as_gathered(model):
         fourbit, dense, eightbit = _weights(model)
-        losses, rowwise = _besides(model)
-        return Report(_adapted(model), fourbit, dense, losses, eightbit, rowwise)
+        losses, rowwise, attention = _besides(model)
+        return Report(_adapted(model), fourbit, dense, losses, eightbit, rowwise, attention)
 
 
 def _adapted(model: nn.Module) -> list[LayerReport]:
@@ -199,10 +197,10 @@ def _adapted(model: nn.Module) -> list[LayerReport]:
 
 
 def _besides(model: nn.Module) -> Iterator[list[LayerReport]]:
-    """`losses` and `rowwise` of the report."""
-    from peftfast.integrations import losses, rowwise
+    """`losses`, `rowwise` and `attention` of the report."""
+    from peftfast.integrations import attention, losses, rowwise
 
-    for library in (losses, rowwise):
+    for library in (losses, rowwise, attention):
         found = []
         for name, part in model.named_modules():
             if library.answers_for(part):

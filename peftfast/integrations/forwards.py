@@ -68,9 +68,9 @@ def restore(wanted: Switch) -> None:
     """Makes `wanted` hold."""
     global switch
     if wanted.installed and not switch.installed:
-        from peftfast.integrations import losses, rowwise
+        from peftfast.integrations import attention, losses, rowwise
 
-        for library in (*libraries(), losses, rowwise):
+        for library in (*libraries(), losses, rowwise, attention):
             for kind, name, stand_in_for in list(library.stand_ins()):
                 install(kind, name, stand_in_for)
     elif switch.installed and not wanted.installed:

@@ -1,6 +1,7 @@
 """The operators. Each is a typed function over a `torch.library` operator of the namespace `peftfast`."""
 
 from peftfast.ops.adapter import bottleneck_adapter
+from peftfast.ops.attention import attention
 from peftfast.ops.eightbit import (
     EightBitWeight,
     eightbit_dequantize,
@@ -25,6 +26,7 @@ __all__ = [
     "EightBitWeight",
     "FourBitWeight",
     "NestedAbsmax",
+    "attention",
     "bottleneck_adapter",
     "eightbit_dequantize",
     "eightbit_embedding",

@@ -6,6 +6,7 @@
 #include "../scratch.h"
 #include "../table.h"
 #include "adapter.h"
+#include "attention.h"
 #include "dropout.h"
 #include "fourbit.h"
 #include "gemm.h"
@@ -222,6 +223,9 @@ constexpr Table make_table() {
       {moments<S, float>, moments<S, bf16>, moments<S, f16>},
       bottleneck<S>,
       bottleneck_backward<S>,
+      pair_rows<S>,
+      {attention<S, float>, attention<S, bf16>, attention<S, f16>},
+      {attention_backward<S, float>, attention_backward<S, bf16>, attention_backward<S, f16>},
       arranged_size<S>,
       arrange<S>,
       matrix_tiles<S>,
