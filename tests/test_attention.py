@@ -30,6 +30,7 @@ from transformers import (
 
 import peftfast
 from peftfast import _C, reference
+from peftfast import nn as ours
 from peftfast.integrations import attention as integration
 from peftfast.ops import attention
 from peftfast.testing import assert_as_accurate, bytes_saved_for_backward
@@ -118,7 +119,13 @@ def test_attention(dtype, causal, shape):
 def test_masks(dtype, shape):
     B, H, _, T, S, _ = shape
     packed = torch.arange(S)[None, :] // 50 == torch.arange(T)[:, None] // 20
-    for mask in (random_mask(B, H, T, S), random_mask(B, 1, T, S), random_mask(1, 1, 1, S), random_mask(S), packed):
+    for mask in (
+        random_mask(B, H, T, S),
+        random_mask(B, 1, T, S),
+        random_mask(1, 1, 1, S),
+        random_mask(S),
+        packed,
+    ):
         check(*problem(shape, dtype), mask=mask)
 
 
@@ -169,7 +176,7 @@ def test_scores_of_any_size(dtype):
 @pytest.mark.every_isa
 @by_dtype
 def test_strided_operands(dtype):
-    """Heads beside each other in memory, as models have them; parts of one tensor; gaps; expanded heads: the same bits."""
+    """Heads beside each other in memory, as models have them; parts of one tensor; gaps; expanded heads."""
     leaves, grad = problem((2, 3, 3, 50, 50, 24), dtype)
 
     def run(leaves, grad):
@@ -183,7 +190,9 @@ def test_strided_operands(dtype):
         assert_equal(run(other, grad.transpose(1, 2).contiguous().transpose(1, 2)), expected)
     same = [t[:, :1].expand(2, 3, 50, 24) for t in leaves]
     assert_equal(run(same, grad), run([t.contiguous() for t in same], grad))
-    assert_equal(run(leaves, grad[..., :1].expand(grad.shape)), run(leaves, grad[..., :1].repeat(1, 1, 1, 24)))
+    assert_equal(
+        run(leaves, grad[..., :1].expand(grad.shape)), run(leaves, grad[..., :1].repeat(1, 1, 1, 24))
+    )
 
 
 @pytest.mark.every_isa
@@ -196,7 +205,9 @@ def test_shared_keys_are_repeated_keys(dtype):
     assert torch.equal(got[0], y) and torch.equal(got[1], dq)
     for mine, theirs in zip(got[2:], (dk, dv)):
         theirs = theirs.float().unflatten(1, (2, 3)).sum(2)
-        torch.testing.assert_close(mine.float(), theirs, rtol=2e-2, atol=3e-2 if dtype != torch.float32 else 1e-5)
+        torch.testing.assert_close(
+            mine.float(), theirs, rtol=2e-2, atol=3e-2 if dtype != torch.float32 else 1e-5
+        )
 
 
 @pytest.mark.every_isa
@@ -236,7 +247,14 @@ def test_a_nan_stays_in_its_row(dtype):
 @pytest.mark.every_isa
 @settings(max_examples=60, deadline=None)
 @given(
-    st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 3), st.integers(1, 150), st.integers(1, 230), st.integers(1, 70)),
+    st.tuples(
+        st.integers(1, 2),
+        st.integers(1, 3),
+        st.integers(1, 3),
+        st.integers(1, 150),
+        st.integers(1, 230),
+        st.integers(1, 70),
+    ),
     st.booleans(),
     st.sampled_from(["none", "rows", "keys"]),
     st.sampled_from(sorted(DTYPES)),
@@ -261,7 +279,9 @@ def test_the_reference():
     assert torch.autograd.gradcheck(lambda *t: reference.attention(*t, mask=mask), leaves)
     assert torch.autograd.gradcheck(lambda *t: reference.attention(*t, causal=True), leaves)
     for causal in (False, True):
-        torch.testing.assert_close(reference.attention(*leaves, causal=causal), torchs(*leaves, causal=causal))
+        torch.testing.assert_close(
+            reference.attention(*leaves, causal=causal), torchs(*leaves, causal=causal)
+        )
 
 
 @by_dtype
@@ -365,6 +385,13 @@ def test_a_device_without_kernels(monkeypatch):
     assert torch.equal(attention(*leaves, causal=True), reference.attention(*leaves, causal=True))
 
 
+def test_the_module_is_the_op():
+    leaves, _ = problem((1, 4, 2, 20, 30, 8), torch.float32)
+    module, mask = ours.Attention(causal=True, scale=0.5), random_mask(20, 30)
+    assert torch.equal(module(*leaves, mask), attention(*leaves, mask=mask, causal=True, scale=0.5))
+    assert module(*(leaf.double() for leaf in leaves)).dtype == torch.float64
+
+
 # ---- transformers' models -------------------------------------------------------------------------------
 
 SIZES = dict(
@@ -377,7 +404,15 @@ MODELS = {
     "qwen3": Qwen3Config(**SIZES),
     "gemma": GemmaConfig(**SIZES),
     "gpt2": GPT2Config(
-        vocab_size=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2, resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0
+        vocab_size=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=1,
+        eos_token_id=2,
+        resid_pdrop=0.0,
+        attn_pdrop=0.0,
+        embd_pdrop=0.0,
     ),
 }
 takes_part = pytest.mark.skipif(
@@ -479,8 +514,9 @@ def test_what_falls_back(calls):
     dropping = model_of(LlamaConfig(**SIZES, attention_dropout=0.5)).train()
     other_values = model_of(
         DeepseekV3Config(
-            **{**SIZES, "num_key_value_heads": 4, "head_dim": 8}, kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8,
-            v_head_dim=12, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, first_k_dense_replace=2,
+            **{**SIZES, "num_key_value_heads": 4, "head_dim": 8}, kv_lora_rank=8, q_lora_rank=8,
+            qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=12, n_routed_experts=4,
+            num_experts_per_tok=2, n_group=2, topk_group=1, first_k_dense_replace=2,
         )
     )  # fmt: skip
     llama = model_of(MODELS["llama"]).eval()

@@ -53,7 +53,8 @@ def test_one_that_cannot_run_is_refused_at_import(isa):
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != IN_USE])
 def test_core_checks_under(isa):
     files = " ".join(
-        str(TESTS / f"test_{noun}.py") for noun in ("lora", "fourbit", "moe", "adapter", "attention", "rowwise")
+        str(TESTS / f"test_{noun}.py")
+        for noun in ("lora", "fourbit", "moe", "adapter", "attention", "rowwise")
     )
     command = f"-m pytest -q --tb=line -p no:cacheprovider -m every_isa {files}".split()
     result = run(*command, isa=isa)

@@ -1,9 +1,10 @@
 // Forward and backward of attention, from the micro-kernels of generic/attention.h. Forward splits the blocks of
 // queries of all heads over the threads, backward the heads of keys, each with all the queries that meet it: every sum
 // is made by one thread in one order, so the bits are the same for any number of threads.
+#include "../attention.h"
+
 #include <algorithm>
 
-#include "../kernels.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "table.h"

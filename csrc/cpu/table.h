@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "../attention.h"
 #include "../fourbit_format.h"
 #include "../kernels.h"
 
@@ -163,7 +164,8 @@ struct Table {
   void (*bottleneck)(const BottleneckArgs& args, int64_t row_begin, int64_t row_end);
   void (*bottleneck_backward)(const BottleneckArgs& args, int64_t row_begin, int64_t row_end);
   void (*pair_rows)(const PairRowsArgs& args, int64_t begin, int64_t end);  // begin is even
-  // Of blocks of 64 queries, [batch, heads, ceil(T / 64)]. For bf16 they take V's rows in pairs, [batch, kv_heads, ...].
+  // Of blocks of 64 queries, [batch, heads, ceil(T / 64)]. For bf16 they take V's rows in pairs, [batch, kv_heads,
+  // ...].
   void (*attention[dtype_count])(const AttentionArgs& args, const void* pairs, int64_t begin, int64_t end);
   void (*attention_backward[dtype_count])(const AttentionBackwardArgs& args, int64_t begin,
                                           int64_t end);  // of [batch, kv_heads]

@@ -1,6 +1,7 @@
 // The operators of the attention family: checks, allocation and the way to the kernels.
-#include "attention.h"
+#include "../attention.h"
 
+#include "attention.h"
 #include "checks.h"
 
 namespace peftfast {
@@ -33,8 +34,8 @@ struct Attention {
     check_vectors(v, "v", B, kv_heads, S, D);
     check_dtype(k, "k", q.scalar_type(), "q");
     check_dtype(v, "v", q.scalar_type(), "q");
-    STD_TORCH_CHECK(kv_heads > 0 ? H % kv_heads == 0 : H == 0, "k has ", kv_heads, " heads, which do not divide the ", H,
-                    " of q.");
+    STD_TORCH_CHECK(kv_heads > 0 ? H % kv_heads == 0 : H == 0, "k has ", kv_heads, " heads, which do not divide the ",
+                    H, " of q.");
     STD_TORCH_CHECK(scale > 0, "scale must be positive, got ", scale, ".");
     k = with_contiguous_vectors(k), v = with_contiguous_vectors(v);
     plain = {.batch = B,

@@ -17,7 +17,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
 from peftfast import _C
-from peftfast.integrations import forwards
 from peftfast.integrations.bases import autocast_dtype, is_plain_tensor, why_not_mode
 from peftfast.integrations.forwards import last_fallback, stand_in
 from peftfast.ops.attention import KERNEL_DEVICES, call_attention
@@ -30,9 +29,7 @@ FEWEST_QUERIES = 16  # a block of 64 takes as long for fewer
 def answers_for(module: nn.Module) -> bool:
     """Whether the module is a layer of transformers that looks its attention up, and asks for torch's."""
     config = getattr(module, "config", None)
-    return (
-        _looks_up(type(module)) and getattr(config, "_attn_implementation", None) == "sdpa"
-    )
+    return _looks_up(type(module)) and getattr(config, "_attn_implementation", None) == "sdpa"
 
 
 def kind_of(module: nn.Module) -> str:
@@ -97,7 +94,12 @@ def _why_not_call(
             return "its queries, keys and values differ in dtype or device"
     if value.shape != key.shape or query.shape[-1] != key.shape[-1]:
         return "its queries, keys and values differ in size"
-    if query.dim() != 4 or query.shape[0] != key.shape[0] or key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+    if (
+        query.dim() != 4
+        or query.shape[0] != key.shape[0]
+        or key.shape[1] == 0
+        or query.shape[1] % key.shape[1]
+    ):
         return f"its input has shapes {list(query.shape)} and {list(key.shape)}"
     if dropout:
         return "it drops scores out"

@@ -50,7 +50,9 @@ def attention(
     return call_attention(q, k, v, mask, causal, scale)
 
 
-def call_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+def call_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> Tensor:
     """`attention` for a caller whose arguments are right: no checks but those that guard memory."""
     if q.device.type not in KERNEL_DEVICES:
         return reference.attention(q, k, v, mask=mask, causal=causal, scale=scale)
@@ -80,7 +82,9 @@ def _check(q, k, v, mask, causal, scale) -> float:
         if value.dtype != q.dtype:
             raise TypeError(f"{name} is {name_of(value.dtype)}, but q is {name_of(q.dtype)}.")
         if value.dim() != 4:
-            raise ValueError(f"{name} must have 4 dimensions, [batch, heads, tokens, features], got {value.dim()}.")
+            raise ValueError(
+                f"{name} must have 4 dimensions, [batch, heads, tokens, features], got {value.dim()}."
+            )
     batch, heads, queries, features = q.shape
     if k.shape[0] != batch or k.shape[3] != features:
         raise ValueError(f"k has shape {list(k.shape)}, expected [{batch}, heads, tokens, {features}].")

@@ -3,8 +3,8 @@
 //
 //            64 queries                           64 queries
 //          ┌────────────┐                       ┌────────────┐
-//          │    Q^T     │ D                     │     P^T    │ 96 keys     both panels as gemm.h has them: Q^T is packed
-//          ├────────────┤                       ├────────────┤             once a block, P^T is made as one
+//          │    Q^T     │ D                     │     P^T    │ 96 keys     both panels as gemm.h has them: Q^T is
+//          packed ├────────────┤                       ├────────────┤             once a block, P^T is made as one
 //   96     │            │                       │            │
 //  keys K  │    S^T     │  P^T = exp(S^T - m)   │    O^T     │ D           K and V pass as the left operands
 //          └────────────┘                       └────────────┘
@@ -42,7 +42,7 @@ struct AttentionMode {
 // Rows [2 i, 2 i + 1) of a matrix, side by side as pairs; the last of an odd number has zeros beside it.
 inline void pair_rows(const bf16* rows, int64_t ld, int64_t count, int64_t D, bf16* out) {
   for (int64_t i = 0; i < count; i += 2, out += 2 * D) {
-    const bf16 *__restrict first = rows + i * ld, *__restrict second = first + (i + 1 < count ? ld : 0);
+    const bf16* __restrict first = rows + i * ld, * __restrict second = first + (i + 1 < count ? ld : 0);
     uint32_t* __restrict pairs = reinterpret_cast<uint32_t*>(out);
     const uint32_t kept = i + 1 < count ? 0xffff0000u : 0u;
     for (int64_t d = 0; d < D; ++d) pairs[d] = first[d].bits | (static_cast<uint32_t>(second[d].bits) << 16 & kept);
@@ -189,17 +189,17 @@ void attention(const AttentionArgs& args, const void* pairs, int64_t begin, int6
   const int64_t subpanel = Block::subpanel(D);
   thread_local Scratch scratch;
   float* out = scratch.floats((Block::panel_rows(D) + D + keys_at_once + Block::panel_rows(keys_at_once)) * N);
-  float* scores = out + D * N;                                                       // [keys, 64]
+  float* scores = out + D * N;                                                          // [keys, 64]
   auto* queries = reinterpret_cast<typename Block::Panel*>(scores + keys_at_once * N);  // [D, 64]
-  auto* panel = queries + Block::panel_rows(D) * N;                                  // [keys, 64]
+  auto* panel = queries + Block::panel_rows(D) * N;                                     // [keys, 64]
   alignas(64) float most[N], base[N], sum[N], factor[N];
   for (int64_t item = begin; item < end; ++item) {
     const int64_t batch = item / blocks / args.heads, head = item / blocks % args.heads, kv_head = head / groups;
     const Block block(args, batch, head, item % blocks);
     const T *K = args.K.at<T>(batch, kv_head, 0), *V = args.V.at<T>(batch, kv_head, 0);
     const T* zipped = static_cast<const T*>(pairs) + (batch * args.kv_heads + kv_head) * ((args.S + 1) / 2 * 2) * D;
-    pack_transposed<typename Block::Mode>(args.Q.at<T>(batch, head, block.first()), args.Q.row, block.rows(), D, queries,
-                                          subpanel);
+    pack_transposed<typename Block::Mode>(args.Q.at<T>(batch, head, block.first()), args.Q.row, block.rows(), D,
+                                          queries, subpanel);
     if constexpr (Block::NR < N) {  // sub-panels of no query
       const int64_t packed = (block.rows() + Block::NR - 1) / Block::NR * subpanel;
       std::fill(queries + packed, queries + N / Block::NR * subpanel, typename Block::Panel{});
@@ -245,7 +245,8 @@ void attention(const AttentionArgs& args, const void* pairs, int64_t begin, int6
     for (int64_t j = 0; j < block.rows(); ++j) lse[j] = sum[j] == 0.0f ? 0.0f : args.scale * most[j] + std::log(sum[j]);
     for (int64_t j = 0; j < N; ++j) factor[j] = sum[j] == 0.0f ? 0.0f : 1.0f / sum[j];  // a query that sees nothing: 0
     const int64_t row = args.heads * D;
-    block.write_transposed(out, factor, static_cast<T*>(args.Y) + (batch * args.T + block.first()) * row + head * D, row);
+    block.write_transposed(out, factor, static_cast<T*>(args.Y) + (batch * args.T + block.first()) * row + head * D,
+                           row);
   }
 }
 
@@ -263,13 +264,13 @@ void attention_backward(const AttentionBackwardArgs& backward, int64_t begin, in
   thread_local Scratch scratch;
   float* dK = scratch.floats(2 * keys * width + 2 * along * N + 2 * down * width + D * N + 4 * chunk +
                              Block::panel_rows(keys_at_once) * N + (zipped_floats + 15) / 16 * 16);
-  float *dV = dK + keys * width, *dQ = dV + keys * width;                    // [keys, width]; [D, 64]
-  float *scores = dQ + D * N, *slopes = scores + chunk;                      // [keys, 64]
-  T* P = reinterpret_cast<T*>(slopes + chunk);                               // [keys, 64]
-  T* dS = reinterpret_cast<T*>(slopes + 2 * chunk);                          // [keys, 64]
+  float *dV = dK + keys * width, *dQ = dV + keys * width;  // [keys, width]; [D, 64]
+  float *scores = dQ + D * N, *slopes = scores + chunk;    // [keys, 64]
+  T* P = reinterpret_cast<T*>(slopes + chunk);             // [keys, 64]
+  T* dS = reinterpret_cast<T*>(slopes + 2 * chunk);        // [keys, 64]
   auto *Q_along = reinterpret_cast<Panel*>(slopes + 3 * chunk), *G_along = Q_along + along * N;  // [D, 64]
-  auto *Q_down = G_along + along * N, *G_down = Q_down + down * width;       // [64, width]
-  Panel* panel = G_down + down * width;                                      // [keys, 64]
+  auto *Q_down = G_along + along * N, *G_down = Q_down + down * width;                           // [64, width]
+  Panel* panel = G_down + down * width;                                                          // [keys, 64]
   T* zipped = reinterpret_cast<T*>(panel + Block::panel_rows(keys_at_once) * N);
   alignas(64) float lse[N], delta[N], ones[N];
   std::fill(ones, ones + N, 1.0f);
@@ -303,7 +304,7 @@ void attention_backward(const AttentionBackwardArgs& backward, int64_t begin, in
         block.hide(key, n, scores);
         Block::template multiply<false>(V + key * args.V.row, args.V.row, 1, n, G_along, subpanel, D, N, slopes, N);
         for (int64_t k = 0; k < n; ++k) {
-          float *__restrict p = scores + k * N, *__restrict s = slopes + k * N;
+          float* __restrict p = scores + k * N, * __restrict s = slopes + k * N;
           for (int64_t j = 0; j < N; ++j) {
             p[j] = decayed(args.scale * p[j] - lse[j]);
             s[j] = args.scale * (p[j] * (s[j] - delta[j]));
