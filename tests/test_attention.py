@@ -223,13 +223,18 @@ def test_empty_operands(dtype, shape):
 
 @pytest.mark.every_isa
 @by_dtype
-def test_the_same_bits_for_any_number_of_threads(dtype):
-    leaves, grad = problem((2, 4, 2, 150, 230, 40), dtype)
-    torch.set_num_threads(1)
-    expected = results(attention, leaves, grad)
-    for threads in (2, 3):
-        torch.set_num_threads(threads)
-        assert_equal(results(attention, leaves, grad), expected)
+@pytest.mark.parametrize(
+    "shape", [(2, 4, 2, 150, 230, 40), (1, 2, 1, 330, 330, 24), (1, 1, 1, 70, 0, 8)], ids=str
+)
+def test_the_same_bits_for_any_number_of_threads(dtype, shape):
+    """Also where there are fewer heads than threads."""
+    leaves, grad = problem(shape, dtype)
+    for causal in (False, True):
+        torch.set_num_threads(1)
+        expected = results(lambda *t: attention(*t, causal=causal), leaves, grad)
+        for threads in (2, 3, 7):
+            torch.set_num_threads(threads)
+            assert_equal(results(lambda *t: attention(*t, causal=causal), leaves, grad), expected)
 
 
 @pytest.mark.every_isa

@@ -41,9 +41,27 @@ void attention(const AttentionArgs& args, const Threads& threads) {
   });
 }
 
-void attention_backward(const AttentionBackwardArgs& args, const Threads& threads) {
-  parallel_for_each(threads, {{args.of.batch * args.of.kv_heads, 1}}, [&](size_t, int64_t begin, int64_t end) {
-    table().attention_backward[static_cast<int>(args.of.dtype)](args, begin, end);
+void attention_backward(const AttentionBackwardArgs& backward, const Threads& threads) {
+  const AttentionArgs& args = backward.of;
+  const int64_t heads = args.batch * args.kv_heads, blocks = (args.T + panel_columns - 1) / panel_columns;
+  if (heads == 0) return;
+  const bool whole = heads >= threads.count;
+  const int64_t apart = whole ? 1 : 2 * threads.count / heads;  // parts of a head
+  const int64_t chunks = (args.S + keys_at_once - 1) / keys_at_once;
+  const int64_t keys = std::max<int64_t>(1, (chunks + apart - 1) / apart) * keys_at_once;  // of a part
+  std::vector<AttentionPart> parts;
+  for (int64_t i = 0; i < heads; ++i) {
+    AttentionPart all{i / args.kv_heads, i % args.kv_heads, 0, args.S, 0, blocks, true, whole};
+    for (int64_t key = 0; key == 0 || key < args.S; key += keys, parts.push_back(all))
+      all.key_begin = key, all.key_end = std::min(key + keys, args.S);
+    if (whole) continue;
+    all.key_begin = 0, all.of_keys = false, all.of_queries = true;
+    const int64_t at_once = (blocks + apart - 1) / apart;
+    for (int64_t block = 0; block < blocks; block += at_once, parts.push_back(all))
+      all.block_begin = block, all.block_end = std::min(block + at_once, blocks);
+  }
+  parallel_for_each(threads, {{static_cast<int64_t>(parts.size()), 1}}, [&](size_t, int64_t begin, int64_t end) {
+    for (; begin < end; ++begin) table().attention_backward[static_cast<int>(args.dtype)](backward, parts[begin]);
   });
 }
 

@@ -10,6 +10,9 @@
 
 namespace peftfast::cpu {
 
+// Attention goes over so many keys at a time; a multiple of every register tile's rows.
+constexpr int64_t keys_at_once = 96;
+
 // The columns of a packed operand: with a full reduction block they stay in a core's L2 cache.
 constexpr int64_t panel_columns = 64;
 
@@ -140,6 +143,15 @@ struct PairRowsArgs {
   void* pairs;  // [rows, rounded up to an even number, D]
 };
 
+// What of attention's backward is made together: the gradients of some keys, which take all blocks of queries that meet
+// them; of some blocks, which take all keys; or of a whole head's keys and of all its queries, which share the scores.
+struct AttentionPart {
+  int64_t batch, kv_head;
+  int64_t key_begin, key_end;      // multiples of keys_at_once, but for the last
+  int64_t block_begin, block_end;  // of 64 queries
+  bool of_keys, of_queries;
+};
+
 struct Table {
   bool bf16_dot;  // multiplies pairs of bf16 in one instruction
   void (*transpose[dtype_count])(const TransposeArgs& args, int64_t begin, int64_t end);
@@ -167,8 +179,7 @@ struct Table {
   // Of blocks of 64 queries, [batch, heads, ceil(T / 64)]. For bf16 they take V's rows in pairs, [batch, kv_heads,
   // ...].
   void (*attention[dtype_count])(const AttentionArgs& args, const void* pairs, int64_t begin, int64_t end);
-  void (*attention_backward[dtype_count])(const AttentionBackwardArgs& args, int64_t begin,
-                                          int64_t end);  // of [batch, kv_heads]
+  void (*attention_backward[dtype_count])(const AttentionBackwardArgs& args, const AttentionPart& part);
   // Whether few rows of X must be arranged before they meet a 4-bit W with Q columns, and the arranging of one, the
   // `row`th of `rows` that share `out`: each [Q] becomes arranged_size(Q) floats, or what takes no more.
   int64_t (*arranged_size)(int64_t Q);  // 0: they are taken as they are

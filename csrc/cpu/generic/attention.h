@@ -31,8 +31,7 @@ namespace peftfast::cpu {
 namespace {
 
 constexpr int64_t queries_at_once = panel_columns;
-constexpr int64_t keys_at_once = 96;  // a multiple of every register tile's rows
-constexpr int64_t short_chain = 16;   // of sums in fp32, which are seldom longer than ten of them
+constexpr int64_t short_chain = 16;  // of sums in fp32, which are seldom longer than ten of them
 
 template <class S, class T>
 struct AttentionMode {
@@ -236,10 +235,8 @@ void attention(const AttentionArgs& args, const void* pairs, int64_t begin, int6
       if (grown && key > 0)
         for (int64_t d = 0; d < D; ++d)
           for (int64_t j = 0; j < N; ++j) out[d * N + j] *= factor[j];
-      if constexpr (Block::in_pairs)
-        Block::multiply_transposed(zipped + key * D, 0, D, panel, n, out);
-      else
-        Block::multiply_transposed(V + key * args.V.row, args.V.row, D, panel, n, out);
+      const T* left = Block::in_pairs ? zipped + key * D : V + key * args.V.row;
+      Block::multiply_transposed(left, args.V.row, D, panel, n, out);
     }
     float* lse = args.lse + (batch * args.heads + head) * args.T + block.first();
     for (int64_t j = 0; j < block.rows(); ++j) lse[j] = sum[j] == 0.0f ? 0.0f : args.scale * most[j] + std::log(sum[j]);
@@ -250,83 +247,129 @@ void attention(const AttentionArgs& args, const void* pairs, int64_t begin, int6
   }
 }
 
-// Heads [begin, end) of keys, each with all the queries that meet it.
+// A part of the backward of one head of keys, with the queries that meet it.
 template <class S, class T>
-void attention_backward(const AttentionBackwardArgs& backward, int64_t begin, int64_t end) {
+class AttentionBackward {
+ public:
+  AttentionBackward(const AttentionBackwardArgs& backward, const AttentionPart& part)
+      : backward_(backward),
+        args_(backward.of),
+        part_(part),
+        width_((args_.D + NR - 1) / NR * NR),
+        K_(args_.K.at<T>(part.batch, part.kv_head, 0)),
+        V_(args_.V.at<T>(part.batch, part.kv_head, 0)) {
+    const int64_t D = args_.D, along = Block::panel_rows(D), down = Block::panel_rows(N), chunk = keys_at_once * N;
+    const int64_t keys = part.of_keys ? part.key_end - part.key_begin : 0;
+    const int64_t zipped = Block::in_pairs && part.of_queries ? ((args_.S + 1) / 2 * D + 15) / 16 * 16 : 0;
+    thread_local Scratch scratch;
+    dK_ = scratch.floats(2 * keys * width_ + D * N + 4 * chunk + Block::panel_rows(keys_at_once) * N + 2 * along * N +
+                         2 * down * width_ + zipped);
+    dV_ = dK_ + keys * width_, dQ_ = dV_ + keys * width_;
+    scores_ = dQ_ + D * N, slopes_ = scores_ + chunk;
+    P_ = reinterpret_cast<T*>(slopes_ + chunk), dS_ = reinterpret_cast<T*>(slopes_ + 2 * chunk);
+    panel_ = reinterpret_cast<Panel*>(slopes_ + 3 * chunk);
+    Q_along_ = panel_ + Block::panel_rows(keys_at_once) * N, G_along_ = Q_along_ + along * N;
+    Q_down_ = G_along_ + along * N, G_down_ = Q_down_ + down * width_;
+    zipped_ = reinterpret_cast<T*>(G_down_ + down * width_);
+    std::fill(dK_, dK_ + 2 * keys * width_, 0.0f);
+    if constexpr (Block::in_pairs)
+      if (part.of_queries) pair_rows(K_, args_.K.row, args_.S, D, zipped_);
+  }
+
+  void run() {
+    const int64_t groups = args_.heads / args_.kv_heads;
+    for (int64_t block = part_.block_begin; block < part_.block_end; ++block)
+      for (int64_t i = 0; i < groups; ++i) queries(part_.kv_head * groups + i, block);
+    for (int64_t key = part_.key_begin; part_.of_keys && key < part_.key_end; ++key) {
+      const int64_t place = ((part_.batch * args_.S + key) * args_.kv_heads + part_.kv_head) * args_.D;
+      const int64_t row = (key - part_.key_begin) * width_;
+      convert<S>(dK_ + row, args_.D, static_cast<T*>(backward_.dK) + place);
+      convert<S>(dV_ + row, args_.D, static_cast<T*>(backward_.dV) + place);
+    }
+  }
+
+ private:
   using Block = QueryBlock<S, T>;
   using Mode = typename Block::Mode;
   using Panel = typename Block::Panel;
-  constexpr int64_t N = queries_at_once, NR = Block::NR;
-  const AttentionArgs& args = backward.of;
-  const int64_t D = args.D, keys = args.S, groups = args.heads / args.kv_heads, width = (D + NR - 1) / NR * NR;
-  const int64_t along = Block::panel_rows(D), down = Block::panel_rows(N);
-  const int64_t chunk = keys_at_once * N, zipped_floats = Block::in_pairs ? (keys + 1) / 2 * D : 0;
-  thread_local Scratch scratch;
-  float* dK = scratch.floats(2 * keys * width + 2 * along * N + 2 * down * width + D * N + 4 * chunk +
-                             Block::panel_rows(keys_at_once) * N + (zipped_floats + 15) / 16 * 16);
-  float *dV = dK + keys * width, *dQ = dV + keys * width;  // [keys, width]; [D, 64]
-  float *scores = dQ + D * N, *slopes = scores + chunk;    // [keys, 64]
-  T* P = reinterpret_cast<T*>(slopes + chunk);             // [keys, 64]
-  T* dS = reinterpret_cast<T*>(slopes + 2 * chunk);        // [keys, 64]
-  auto *Q_along = reinterpret_cast<Panel*>(slopes + 3 * chunk), *G_along = Q_along + along * N;  // [D, 64]
-  auto *Q_down = G_along + along * N, *G_down = Q_down + down * width;                           // [64, width]
-  Panel* panel = G_down + down * width;                                                          // [keys, 64]
-  T* zipped = reinterpret_cast<T*>(panel + Block::panel_rows(keys_at_once) * N);
-  alignas(64) float lse[N], delta[N], ones[N];
-  std::fill(ones, ones + N, 1.0f);
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t batch = item / args.kv_heads, kv_head = item % args.kv_heads;
-    const T *K = args.K.at<T>(batch, kv_head, 0), *V = args.V.at<T>(batch, kv_head, 0);
-    if constexpr (Block::in_pairs) pair_rows(K, args.K.row, keys, D, zipped);
-    std::fill(dK, dK + 2 * keys * width, 0.0f);
-    for (int64_t i = 0; i < groups * ((args.T + N - 1) / N); ++i) {
-      const int64_t head = kv_head * groups + i % groups;
-      const Block block(args, batch, head, i / groups);
-      const T *Q = args.Q.at<T>(batch, head, block.first()), *G = backward.G.at<T>(batch, head, block.first());
-      const int64_t rows = block.rows(), subpanel = along * NR, row = args.heads * D;
-      const int64_t place = (batch * args.T + block.first()) * row + head * D;  // in Y and dQ
-      const T* Y = static_cast<const T*>(args.Y) + place;
-      if constexpr (NR < N) std::fill(Q_along, Q_along + 2 * along * N, Panel{});  // sub-panels of no query
-      pack_transposed<Mode>(Q, args.Q.row, rows, D, Q_along, subpanel);
-      pack_transposed<Mode>(G, backward.G.row, rows, D, G_along, subpanel);
-      pack_straight<Mode>(Q, args.Q.row, D, rows, Q_down, down * NR);
-      pack_straight<Mode>(G, backward.G.row, D, rows, G_down, down * NR);
-      std::fill(dQ, dQ + D * N, 0.0f), std::fill(lse, lse + N, 0.0f), std::fill(delta, delta + N, 0.0f);
-      std::copy_n(args.lse + (batch * args.heads + head) * args.T + block.first(), rows, lse);
-      for (int64_t j = 0; j < rows; ++j)
-        delta[j] = sum_over<S>(D, [&](int64_t d, typename S::F sum) {
-          return S::fma(load_at<S>(G + j * backward.G.row, d, D), load_at<S>(Y + j * row, d, D), sum);
-        });
-      for (int64_t key = 0; key < block.keys(); key += keys_at_once) {
-        const int64_t n = std::min(keys_at_once, block.keys() - key);
-        if (!block.sees(key, n)) continue;
-        Block::template multiply<false>(K + key * args.K.row, args.K.row, 1, n, Q_along, subpanel, D, N, scores, N);
-        block.hide(key, n, scores);
-        Block::template multiply<false>(V + key * args.V.row, args.V.row, 1, n, G_along, subpanel, D, N, slopes, N);
-        for (int64_t k = 0; k < n; ++k) {
-          float* __restrict p = scores + k * N, * __restrict s = slopes + k * N;
-          for (int64_t j = 0; j < N; ++j) {
-            p[j] = decayed(args.scale * p[j] - lse[j]);
-            s[j] = args.scale * (p[j] * (s[j] - delta[j]));
-          }
-        }
-        convert<S>(scores, n * N, P), convert<S>(slopes, n * N, dS);
-        Block::make_panel(slopes, n, panel);
-        Block::template multiply<true>(P, N, 1, n, G_down, down * NR, rows, width, dV + key * width, width);
-        Block::template multiply<true>(dS, N, 1, n, Q_down, down * NR, rows, width, dK + key * width, width);
-        if constexpr (Block::in_pairs)
-          Block::multiply_transposed(zipped + key * D, 0, D, panel, n, dQ);
-        else
-          Block::multiply_transposed(K + key * args.K.row, args.K.row, D, panel, n, dQ);
-      }
-      block.write_transposed(dQ, ones, static_cast<T*>(backward.dQ) + place, row);
+  static constexpr int64_t N = queries_at_once, NR = Block::NR;
+
+  // One block of the queries of one head.
+  void queries(int64_t head, int64_t i) {
+    const Block block(args_, part_.batch, head, i);
+    const int64_t D = args_.D, rows = block.rows(), end = std::min(part_.key_end, block.keys());
+    if (!part_.of_queries && end <= part_.key_begin) return;
+    const Vectors& of_G = backward_.G;
+    const T *Q = args_.Q.at<T>(part_.batch, head, block.first()), *G = of_G.at<T>(part_.batch, head, block.first());
+    const int64_t along = Block::panel_rows(D), down = Block::panel_rows(N), row = args_.heads * D;
+    const int64_t place = (part_.batch * args_.T + block.first()) * row + head * D;  // in Y and dQ
+    const T* Y = static_cast<const T*>(args_.Y) + place;
+    if constexpr (NR < N) std::fill(Q_along_, Q_along_ + 2 * along * N, Panel{});  // sub-panels of no query
+    pack_transposed<Mode>(Q, args_.Q.row, rows, D, Q_along_, along * NR);
+    pack_transposed<Mode>(G, of_G.row, rows, D, G_along_, along * NR);
+    if (part_.of_keys) {
+      pack_straight<Mode>(Q, args_.Q.row, D, rows, Q_down_, down * NR);
+      pack_straight<Mode>(G, of_G.row, D, rows, G_down_, down * NR);
     }
-    for (int64_t key = 0; key < keys; ++key) {
-      const int64_t place = ((batch * keys + key) * args.kv_heads + kv_head) * D;
-      convert<S>(dK + key * width, D, static_cast<T*>(backward.dK) + place);
-      convert<S>(dV + key * width, D, static_cast<T*>(backward.dV) + place);
+    std::fill(dQ_, dQ_ + D * N, 0.0f), std::fill(lse_, lse_ + N, 0.0f), std::fill(delta_, delta_ + N, 0.0f);
+    std::copy_n(args_.lse + (part_.batch * args_.heads + head) * args_.T + block.first(), rows, lse_);
+    for (int64_t j = 0; j < rows; ++j)
+      delta_[j] = sum_over<S>(D, [&](int64_t d, typename S::F sum) {
+        return S::fma(load_at<S>(G + j * of_G.row, d, D), load_at<S>(Y + j * row, d, D), sum);
+      });
+    for (int64_t key = part_.key_begin; key < end; key += keys_at_once) {
+      const int64_t n = std::min(keys_at_once, end - key);
+      if (block.sees(key, n)) keys(block, key, n);
+    }
+    alignas(64) float ones[N];
+    std::fill(ones, ones + N, 1.0f);
+    if (part_.of_queries) block.write_transposed(dQ_, ones, static_cast<T*>(backward_.dQ) + place, row);
+  }
+
+  // What the keys [key, key + n) and the block have to do with each other.
+  void keys(const Block& block, int64_t key, int64_t n) {
+    const int64_t D = args_.D, along = Block::panel_rows(D) * NR, down = Block::panel_rows(N) * NR;
+    const int64_t rows = block.rows(), sum = (key - part_.key_begin) * width_;
+    const Vectors &K = args_.K, &V = args_.V;
+    Block::template multiply<false>(K_ + key * K.row, K.row, 1, n, Q_along_, along, D, N, scores_, N);
+    Block::template multiply<false>(V_ + key * V.row, V.row, 1, n, G_along_, along, D, N, slopes_, N);
+    block.hide(key, n, scores_);
+    for (int64_t k = 0; k < n; ++k) {
+      float* __restrict p = scores_ + k * N, * __restrict s = slopes_ + k * N;
+      for (int64_t j = 0; j < N; ++j) {
+        p[j] = decayed(args_.scale * p[j] - lse_[j]);
+        s[j] = args_.scale * (p[j] * (s[j] - delta_[j]));
+      }
+    }
+    if (part_.of_keys) {
+      convert<S>(scores_, n * N, P_), convert<S>(slopes_, n * N, dS_);
+      Block::template multiply<true>(P_, N, 1, n, G_down_, down, rows, width_, dV_ + sum, width_);
+      Block::template multiply<true>(dS_, N, 1, n, Q_down_, down, rows, width_, dK_ + sum, width_);
+    }
+    if (part_.of_queries) {
+      Block::make_panel(slopes_, n, panel_);
+      const T* left = Block::in_pairs ? zipped_ + key * D : K_ + key * K.row;
+      Block::multiply_transposed(left, K.row, D, panel_, n, dQ_);
     }
   }
+
+  const AttentionBackwardArgs& backward_;
+  const AttentionArgs& args_;
+  const AttentionPart& part_;
+  const int64_t width_;  // D, rounded up to whole sub-panels
+  const T *K_, *V_;
+  float *dK_, *dV_, *dQ_;                          // [keys, width], [keys, width], [D, 64]
+  float *scores_, *slopes_;                        // [keys, 64]
+  T *P_, *dS_;                                     // [keys, 64]
+  Panel* panel_;                                   // [keys, 64]
+  Panel *Q_along_, *G_along_, *Q_down_, *G_down_;  // [D, 64], [D, 64], [64, width], [64, width]
+  T* zipped_;                                      // K, in pairs of rows
+  alignas(64) float lse_[N], delta_[N];
+};
+
+template <class S, class T>
+void attention_backward(const AttentionBackwardArgs& backward, const AttentionPart& part) {
+  AttentionBackward<S, T>(backward, part).run();
 }
 
 }  // namespace
