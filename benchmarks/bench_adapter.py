@@ -18,8 +18,8 @@ and all parameters. The work counted is the least possible: two products of H x 
 With --model it is instead a "step", forward, loss and backward, of a frozen Llama with random weights, with an adapter
 after each feed-forward block (`peftfast.BottleneckConfig(placement="pfeiffer")`), without and with a norm of its own:
 "eager" is the same model whose adapters compute as modules of torch, in the model's dtype like ours; of "peftfast" the
-adapters alone are ours, of "peftfast enabled" all that `peftfast.enable()` brings: the loss, norms and gated MLPs. The
-work of the frozen linear layers counts too. Saved is what the whole step keeps for backward.
+adapters alone are ours, of "peftfast enabled" all that `peftfast.enable()` brings: the loss, norms, gated MLPs and
+attention. The work of the frozen linear layers counts too. Saved is what the whole step keeps for backward.
 """
 
 from __future__ import annotations
