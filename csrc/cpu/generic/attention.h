@@ -3,11 +3,14 @@
 //
 //            64 queries                           64 queries
 //          ┌────────────┐                       ┌────────────┐
-//          │    Q^T     │ D                     │     P^T    │ 96 keys     both panels as gemm.h has them: Q^T is
-//          packed ├────────────┤                       ├────────────┤             once a block, P^T is made as one
+//          │    Q^T     │ D                     │    P^T     │ 96 keys
+//          ├────────────┤                       ├────────────┤
 //   96     │            │                       │            │
-//  keys K  │    S^T     │  P^T = exp(S^T - m)   │    O^T     │ D           K and V pass as the left operands
+//  keys K  │    S^T     │  P^T = exp(S^T - m)   │    O^T     │ D
 //          └────────────┘                       └────────────┘
+//
+// Q^T and P^T are panels as gemm.h has them: one is packed once a block, the other is made as one. K and V^T are the
+// left operands, read where they lie.
 //
 // Backward makes S^T again and, alike, dP^T = V dO^T. What comes of them is the left operand of dV += P^T dO and of
 // dK += dS^T Q, as rows, and the panel of dQ^T += K^T dS^T.
@@ -38,7 +41,7 @@ struct AttentionMode {
   using type = std::conditional_t<S::has_bf16_dot && std::is_same_v<T, bf16>, PairDot<S>, Widened<S, T, float>>;
 };
 
-// Rows [2 i, 2 i + 1) of a matrix, side by side as pairs; the last of an odd number has zeros beside it.
+// Rows 2 i and 2 i + 1 of a matrix, side by side as pairs; the last of an odd number has zeros beside it.
 inline void pair_rows(const bf16* rows, int64_t ld, int64_t count, int64_t D, bf16* out) {
   for (int64_t i = 0; i < count; i += 2, out += 2 * D) {
     const bf16* __restrict first = rows + i * ld, * __restrict second = first + (i + 1 < count ? ld : 0);
