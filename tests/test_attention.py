@@ -513,6 +513,31 @@ def test_generation(calls):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("padded", [False, True], ids=["causal", "padded"])
+def test_a_prefix(padded, calls):
+    """Keys of a cache, which every query sees, whatever hides the others."""
+    from peft import PrefixTuningConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(
+        model_of(MODELS["llama"]), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=7)
+    )
+    ids = torch.arange(1, 61).reshape(2, 30)
+    mask = torch.ones_like(ids)
+    mask[0, : 8 if padded else 0] = 0
+
+    def run():
+        loss = model(input_ids=ids, labels=ids, attention_mask=mask).loss
+        return loss.detach(), *torch.autograd.grad(loss, list(model.prompt_encoder.parameters()))
+
+    expected = run()
+    with peftfast.enabled(strict=True):
+        got = run()
+    assert len(calls) == 2
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
+
+
 def test_what_falls_back(calls):
     """With its reason, and as torch's own bits."""
     ids = torch.arange(1, 61).reshape(2, 30)

@@ -19,6 +19,7 @@ from transformers.modeling_utils import AttentionInterface
 from peftfast import _C
 from peftfast.integrations.bases import autocast_dtype, is_plain_tensor, why_not_mode
 from peftfast.integrations.forwards import last_fallback, stand_in
+from peftfast.integrations.prompts import CausalMask
 from peftfast.ops.attention import KERNEL_DEVICES, call_attention
 from peftfast.ops.lora import DTYPES
 
@@ -117,7 +118,7 @@ def _why_not_call(
 def _why_not_mask(mask: Tensor | None, shape: list[int]) -> str | None:
     if mask is None:
         return None
-    if not is_plain_tensor(mask) or mask.dtype != torch.bool:
+    if not (is_plain_tensor(mask) or type(mask) is CausalMask) or mask.dtype != torch.bool:
         return "its mask is not one of True and False"
     if mask.dim() != 4 or any(size not in (1, wanted) for size, wanted in zip(mask.shape, shape)):
         return f"its mask has shape {list(mask.shape)}"
@@ -142,7 +143,8 @@ def _fused(
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     causal = bool(is_causal) and attention_mask is None
-    return call_attention(query, key, value, attention_mask, causal, scale).transpose(1, 2), None
+    mask = attention_mask if attention_mask is None else attention_mask.as_subclass(Tensor)
+    return call_attention(query, key, value, mask, causal, scale).transpose(1, 2), None
 
 
 _guarded = stand_in(sdpa_attention_forward, NAME, lambda module: False, _why_not_call, _fused)

@@ -356,7 +356,7 @@ def _mask(
         causal = torch.ones(1, 1, rows, cached + rows, dtype=torch.bool, device=device).tril(cached)
         masks = own.values() if isinstance(own, dict) else [own]
         if all(isinstance(mask, Tensor) and torch.equal(mask, causal) for mask in masks):
-            return causal.as_subclass(_CausalMask)
+            return causal.as_subclass(CausalMask)
     if isinstance(attention_mask, dict):
         return {name: _prepared_mask(mask, virtual, cached) for name, mask in attention_mask.items()}
     if attention_mask is None or attention_mask.dim() == 4:
@@ -365,7 +365,7 @@ def _mask(
 
 
 def _may_be_causal(base: nn.Module, attention_mask: Tensor | dict[str, Tensor] | None) -> bool:
-    """Whether a `_CausalMask` can tell what is visible, unless the model has masks of a kind of its own."""
+    """Whether a `CausalMask` can tell what is visible, unless the model has masks of a kind of its own."""
     config = base.config
     return (
         config.get_text_config() is config
@@ -377,7 +377,7 @@ def _may_be_causal(base: nn.Module, attention_mask: Tensor | dict[str, Tensor] |
     )
 
 
-class _CausalMask(Tensor):
+class CausalMask(Tensor):
     """The mask [1, 1, queries, keys] of the last tokens of a sequence, which hides the future alone: torch's attention
     runs without it. For everything else it is a mask like any other, and what is made of it is a plain tensor.
     """
