@@ -125,17 +125,8 @@ def _why_not_mask(mask: Tensor | None, shape: list[int]) -> str | None:
     return None
 
 
-def _fused(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs,
-) -> tuple[Tensor, None]:
+def _fused(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
+    """What sdpa_attention_forward returns."""
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     dtype = autocast_dtype(query)
