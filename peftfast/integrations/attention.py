@@ -110,7 +110,7 @@ def _why_not_call(
         return "its cache is paged"
     if kwargs.get("softcap") is not None or kwargs.get("output_attentions"):
         return "it caps or returns its scores"
-    if scaling is not None and not scaling > 0:
+    if scaling is not None and not (isinstance(scaling, (int, float)) and scaling > 0):
         return f"its scores are scaled by {scaling}"
     return _why_not_mask(attention_mask, [*query.shape[:3], key.shape[2]]) or why_not_mode()
 
