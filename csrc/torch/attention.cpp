@@ -69,13 +69,12 @@ struct Attention {
 // q [B, H, T, D]; k, v [B, kv_heads, S, D]; mask bool [B, H, T, S] -> (y [B, T, H, D], lse [B, H, T] fp32)
 std::tuple<Tensor, Tensor> attention_op(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<Tensor> mask,
                                         bool causal, double scale) {
-  const Host host(q);
   Attention attention(q, k, v, mask, causal, scale);
   AttentionArgs& args = attention.plain;
   Tensor y = empty({args.batch, args.T, args.heads, args.D}, q.scalar_type());
   Tensor lse = empty({args.batch, args.heads, args.T}, ScalarType::Float);
   args.Y = y.mutable_data_ptr(), args.lse = static_cast<float*>(lse.mutable_data_ptr());
-  kernels::attention(args, host);
+  cpu::attention(args, torch_threads());
   return {y, lse};
 }
 
@@ -83,7 +82,6 @@ std::tuple<Tensor, Tensor> attention_op(const Tensor& q, const Tensor& k, const 
 std::tuple<Tensor, Tensor, Tensor> attention_backward_op(const Tensor& grad_y, const Tensor& q, const Tensor& k,
                                                          const Tensor& v, std::optional<Tensor> mask, const Tensor& y,
                                                          const Tensor& lse, bool causal, double scale) {
-  const Host host(q);
   Attention attention(q, k, v, mask, causal, scale);
   AttentionArgs& args = attention.plain;
   check_vectors(grad_y, "grad_y", args.batch, args.heads, args.T, args.D);
@@ -99,12 +97,12 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_op(const Tensor& grad_y, c
   Tensor grad_v = empty({args.batch, args.S, args.kv_heads, args.D}, q.scalar_type());
   args.Y = const_cast<void*>(y.const_data_ptr());
   args.lse = static_cast<float*>(const_cast<void*>(lse.const_data_ptr()));
-  kernels::attention_backward({.of = args,
-                               .G = vectors(G),
-                               .dQ = grad_q.mutable_data_ptr(),
-                               .dK = grad_k.mutable_data_ptr(),
-                               .dV = grad_v.mutable_data_ptr()},
-                              host);
+  cpu::attention_backward({.of = args,
+                           .G = vectors(G),
+                           .dQ = grad_q.mutable_data_ptr(),
+                           .dK = grad_k.mutable_data_ptr(),
+                           .dV = grad_v.mutable_data_ptr()},
+                          torch_threads());
   return {grad_q, grad_k, grad_v};
 }
 
