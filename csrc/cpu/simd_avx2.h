@@ -24,7 +24,11 @@ struct Avx2 {
     return _mm256_castsi256_ps(_mm256_slli_epi32(set1_pair(pair), 16));
   }
   PEFTFAST_INLINE static F set1_second(const bf16* pair) {
-    return _mm256_and_ps(_mm256_castsi256_ps(set1_pair(pair)), _mm256_castsi256_ps(_mm256_set1_epi32(0xffff0000)));
+    alignas(32) static constexpr uint32_t upper_half[8] = {0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000,
+                                                           0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000};
+    F x;  // the mask stays in memory: register tiles take every register there is
+    asm("vandps %2, %1, %0" : "=x"(x) : "x"(set1_pair(pair)), "m"(upper_half));
+    return x;
   }
   PEFTFAST_INLINE static F load(const float* p) { return _mm256_loadu_ps(p); }
   PEFTFAST_INLINE static F load(const bf16* p) {
@@ -47,6 +51,10 @@ struct Avx2 {
   PEFTFAST_INLINE static F now(F x) {
     asm volatile("" : "+x"(x));
     return x;
+  }
+  PEFTFAST_INLINE static F fma_now(F a, F b, F c) {
+    asm volatile("vfmadd231ps %2, %1, %0" : "+x"(c) : "x"(a), "x"(b));
+    return c;
   }
   PEFTFAST_INLINE static void sum(F a, F b, F c, F d, float (&sums)[4]) {
     const F halves = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));

@@ -48,6 +48,7 @@ struct Avx512 {
 #endif
     return x;
   }
+  PEFTFAST_INLINE static F fma_now(F a, F b, F c) { return now(fma(a, b, c)); }
   PEFTFAST_INLINE static void sum(F a, F b, F c, F d, float (&sums)[4]) {
     const __m256 halves = _mm256_hadd_ps(_mm256_hadd_ps(fold(a), fold(b)), _mm256_hadd_ps(fold(c), fold(d)));
     _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));

@@ -38,6 +38,7 @@ struct Scalar {
     asm volatile("" : "+x"(x));
     return x;
   }
+  PEFTFAST_INLINE static F fma_now(F a, F b, F c) { return now(fma(a, b, c)); }
   // The sum over the lanes of each.
   PEFTFAST_INLINE static void sum(F a, F b, F c, F d, float (&sums)[4]) {
     const F values[4] = {a, b, c, d};

@@ -68,6 +68,14 @@ PEFTFAST_INLINE void clear(Accumulators<S, rows>& c) {
 }
 
 template <class S, int rows>
+PEFTFAST_INLINE void copy_tile(const Accumulators<S, rows>& from, Accumulators<S, rows>& to) {
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < S::tile_vectors; ++j) to[i][j] = from[i][j];
+}
+
+template <class S, int rows>
 PEFTFAST_INLINE void load_tile(Accumulators<S, rows>& c, const float* p, int64_t ld) {
   for (int i = 0; i < rows; ++i)
     for (int j = 0; j < S::tile_vectors; ++j) c[i][j] = S::load(p + i * ld + j * S::width);
@@ -112,8 +120,7 @@ struct Widened {
     for (int i = 0; i < rows; ++i) {
       const typename S::F x = broadcast(i);
       for (int j = 0; j < S::tile_vectors; ++j) {
-        c[i][j] = S::fma(x, b[j], c[i][j]);
-        if constexpr (unit == 2) c[i][j] = S::now(c[i][j]);
+        c[i][j] = unit == 2 ? S::fma_now(x, b[j], c[i][j]) : S::fma(x, b[j], c[i][j]);
       }
     }
   }
@@ -154,9 +161,12 @@ struct BaseMode<S, T, true> {
 // `ldp` parts the rows of the panel. An odd Q in a mode of pairs ends on a zero, in X here and in the panel by packing.
 // between(s) is called in step s.
 template <class Mode, int rows, class Between>
-PEFTFAST_INLINE void multiply_add(Accumulators<typename Mode::S, rows>& c, const typename Mode::X* x, int64_t ldx,
+PEFTFAST_INLINE void multiply_add(Accumulators<typename Mode::S, rows>& sums, const typename Mode::X* x, int64_t ldx,
                                   int64_t stride_x, const typename Mode::Panel* panel, int64_t ldp, int64_t Q,
                                   Between between) {
+  // A copy that nothing else sees stays in registers, also when the caller goes over its sums by index.
+  Accumulators<typename Mode::S, rows> c;
+  copy_tile<typename Mode::S, rows>(sums, c);
   const int64_t steps = Q / Mode::unit;
   for (int64_t s = 0; s < steps; ++s) {
     Mode::template step<rows>(c, x + s * Mode::unit * stride_x, ldx, panel + s * Mode::panel_rows * ldp, ldp);
@@ -169,6 +179,7 @@ PEFTFAST_INLINE void multiply_add(Accumulators<typename Mode::S, rows>& c, const
       Mode::template step<rows>(c, last[0], 2, panel + steps * Mode::panel_rows * ldp, ldp);
     }
   }
+  copy_tile<typename Mode::S, rows>(c, sums);
 }
 
 template <class Mode, int rows>
