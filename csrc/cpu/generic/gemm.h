@@ -164,9 +164,12 @@ template <class Mode, int rows, class Between>
 PEFTFAST_INLINE void multiply_add(Accumulators<typename Mode::S, rows>& sums, const typename Mode::X* x, int64_t ldx,
                                   int64_t stride_x, const typename Mode::Panel* panel, int64_t ldp, int64_t Q,
                                   Between between) {
-  // A copy that nothing else sees stays in registers, also when the caller goes over its sums by index.
-  Accumulators<typename Mode::S, rows> c;
-  copy_tile<typename Mode::S, rows>(sums, c);
+  // Widening two elements a step takes every register of AVX2 there is. Of sums that the caller goes over by index, the
+  // compiler would store each in every step; not of a copy that nobody else sees.
+  constexpr bool copies = Mode::panel_rows == 2;
+  Accumulators<typename Mode::S, rows> copy;
+  auto& c = copies ? copy : sums;
+  if constexpr (copies) copy_tile<typename Mode::S, rows>(sums, copy);
   const int64_t steps = Q / Mode::unit;
   for (int64_t s = 0; s < steps; ++s) {
     Mode::template step<rows>(c, x + s * Mode::unit * stride_x, ldx, panel + s * Mode::panel_rows * ldp, ldp);
@@ -179,7 +182,7 @@ PEFTFAST_INLINE void multiply_add(Accumulators<typename Mode::S, rows>& sums, co
       Mode::template step<rows>(c, last[0], 2, panel + steps * Mode::panel_rows * ldp, ldp);
     }
   }
-  copy_tile<typename Mode::S, rows>(c, sums);
+  if constexpr (copies) copy_tile<typename Mode::S, rows>(copy, sums);
 }
 
 template <class Mode, int rows>
