@@ -115,13 +115,15 @@ def test_all_experts_are_as_with_peft(kind):
 
 @pytest.mark.parametrize(
     "kind, experts",
-    [("olmoe", SOME), ("gpt_oss", {FIRST: [2], SECOND: [3, 1]}), ("nemotron_h", {"model.layers.2.mixer.experts": [4]})],
-)  # fmt: skip
+    [
+        ("olmoe", SOME),
+        ("gpt_oss", {FIRST: [2, 0], SECOND: [3, 1]}),
+        ("nemotron_h", {"model.layers.2.mixer.experts": [4]}),
+    ],
+)
 def test_some_experts_are_as_with_zeros_on_the_others(kind, experts):
     model = adapted(base_model(kind), experts=experts, use_rslora=True)
-    exact = in_float64(model, stock_of(model, base_model(kind), use_rslora=True))
-    # All of the model rounds to fp32: with gpt_oss and AVX2 the gradient furthest from its head is 3.1e-6 away.
-    check_equal(results(model), exact, tolerance=5e-6)
+    check_equal(results(model), in_float64(model, stock_of(model, base_model(kind), use_rslora=True)))
     shapes = {
         name: p.shape[0] for name, p in model.named_parameters() if p.requires_grad
     }  # and no parameter of another expert exists
