@@ -136,9 +136,13 @@ struct Avx2 {
     const int byte = half + (bf16_codes ? v / 2 * 8 + 2 * place + v % 2 : 4 * v + place);
     return 2 * byte + vector / 4;
   }
-  // Of a chunk's lanes, from one scale for each 32 elements.
-  PEFTFAST_INLINE static F chunk_scales(const float* scales) {
-    return _mm256_set_m128(_mm_broadcast_ss(scales + 1), _mm_broadcast_ss(scales));
+  static int64_t look_up_bytes(const float*, const uint8_t*, int64_t, float*) { return 0; }
+  // Of a chunk's lanes, from one scale for each `run` codes, 32 or 64.
+  PEFTFAST_INLINE static U chunk_scale_places(int64_t run) {
+    return run == 64 ? _mm256_setzero_si256() : _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0);
+  }
+  PEFTFAST_INLINE static F chunk_scales(const float* scales, U places) {
+    return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(scales)), places);
   }
   PEFTFAST_INLINE static U count_above(U count, F x, F bound) {
     return _mm256_sub_epi32(count, _mm256_castps_si256(_mm256_cmp_ps(x, bound, _CMP_GT_OQ)));

@@ -114,9 +114,47 @@ struct Avx512 {
   static constexpr int chunk_element(int vector, int lane) {
     return 8 * lane + vector;
   }
-  PEFTFAST_INLINE static F chunk_scales(const float* scales) {
-    const U place = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-    return _mm512_permutexvar_ps(place, _mm512_castps128_ps512(_mm_loadu_ps(scales)));
+  // The table's 256 values lie in 16 registers: 8 have their lower halves, of 16 bits, 8 their upper ones.
+  static int64_t look_up_bytes(const float* table, const uint8_t* codes, int64_t count, float* out) {
+    if (count < 64) return 0;
+    const U lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const U even = _mm512_or_si512(_mm512_slli_epi32(lanes, 2), _mm512_slli_epi32(lanes, 18));  // 4 i of both lanes
+    const U lower = _mm512_add_epi32(even, _mm512_set1_epi32(2 << 16));
+    const U upper = _mm512_add_epi32(lower, _mm512_set1_epi16(1));
+    U lows[8], highs[8];
+    for (int i = 0; i < 8; ++i) {
+      const U first = load_words(table + 32 * i), second = load_words(table + 32 * i + 16);
+      lows[i] = _mm512_permutex2var_epi16(first, lower, second);
+      highs[i] = _mm512_permutex2var_epi16(first, upper, second);
+    }
+    int64_t done = 0;
+    for (; done + 32 <= count; done += 32) {
+      // Four codes of the first 16 beside four of the others in each quarter, which unpacking parts again.
+      const __m256i bytes = _mm256_permutevar8x32_epi32(
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + done)), _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0));
+      const U place = _mm512_cvtepu8_epi16(bytes);
+      const auto beyond_64 = _mm512_test_epi16_mask(place, _mm512_set1_epi16(64));
+      const auto beyond_128 = _mm512_test_epi16_mask(place, _mm512_set1_epi16(128));
+      const auto find = [&](const U(&half)[8]) __attribute__((always_inline)) {
+        const auto quarter = [&](int i) __attribute__((always_inline)) {
+          return _mm512_permutex2var_epi16(half[i], place, half[i + 1]);
+        };
+        return _mm512_mask_blend_epi16(beyond_128, _mm512_mask_blend_epi16(beyond_64, quarter(0), quarter(2)),
+                                       _mm512_mask_blend_epi16(beyond_64, quarter(4), quarter(6)));
+      };
+      const U low = find(lows), high = find(highs);
+      store_words(reinterpret_cast<uint32_t*>(out + done), _mm512_unpacklo_epi16(low, high));
+      store_words(reinterpret_cast<uint32_t*>(out + done + 16), _mm512_unpackhi_epi16(low, high));
+    }
+    return done;
+  }
+  // Of a chunk's lanes, from one scale for each `run` codes, 32 or 64.
+  PEFTFAST_INLINE static U chunk_scale_places(int64_t run) {
+    const U lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return run == 64 ? shift_right<3>(lanes) : shift_right<2>(lanes);
+  }
+  PEFTFAST_INLINE static F chunk_scales(const float* scales, U places) {
+    return _mm512_permutexvar_ps(places, _mm512_castps128_ps512(_mm_loadu_ps(scales)));
   }
   PEFTFAST_INLINE static U count_above(U count, F x, F bound) {
     return _mm512_mask_add_epi32(count, _mm512_cmp_ps_mask(x, bound, _CMP_GT_OQ), count, _mm512_set1_epi32(1));

@@ -55,6 +55,8 @@ struct Scalar {
   using Codebook = const float*;
   PEFTFAST_INLINE static Codebook codebook(const float* values) { return values; }
   PEFTFAST_INLINE static F decode(Codebook values, U codes) { return values[codes & 15]; }
+  // out[i] = table[codes[i]], for as many of `count` codes as vectors gain by; returns how many those are.
+  static int64_t look_up_bytes(const float*, const uint8_t*, int64_t, float*) { return 0; }
   // How many of the bounds a value was above so far, and whether it is above this one too.
   PEFTFAST_INLINE static U count_above(U count, F x, F bound) { return count + (x > bound); }
   PEFTFAST_INLINE static U magnitude(F x) { return bit_cast<uint32_t>(static_cast<float>(x)) & 0x7fffffffu; }  // bits

@@ -19,6 +19,7 @@ namespace peftfast::cpu {
 namespace {
 
 // Block sizes are powers of two: a block is found by a shift.
+template <class S>
 class AbsmaxReader {
  public:
   explicit AbsmaxReader(const FourBitMatrix& W)
@@ -38,10 +39,11 @@ class AbsmaxReader {
   // The scales of `count` runs of 32 elements from `first`, a multiple of 32, on.
   void each_32(int64_t first, int64_t count, float* out) const {
     const int shift = shift_ - 5;  // from runs to blocks
-    float scales[65];
+    constexpr int64_t at_once = 256;
+    float scales[at_once + 1];
     for (int64_t i = 0; i < count;) {
       const int64_t run = first / 32 + i, block = run >> shift, skipped = run - (block << shift);
-      const int64_t n = std::min(count - i, int64_t{64} << shift);
+      const int64_t n = std::min(count - i, at_once << shift);
       read(block, ((skipped + n - 1) >> shift) + 1, scales);
       if (shift == 1 && skipped == 0) {  // the usual, for which a compiler has vectors
         for (int64_t k = 0; k < n / 2; ++k) out[i + 2 * k] = out[i + 2 * k + 1] = scales[k];
@@ -53,8 +55,8 @@ class AbsmaxReader {
     }
   }
 
-  // The scales of `count` blocks. Locals, not members, in the loop: a store to `out` might change a member, as far as
-  // the compiler can tell.
+  // The scales of `count` blocks: all are looked up, then all scaled. Of what is left to look up one by one a compiler
+  // would make vectors that it fills lane by lane, were not the place hidden.
   void read(int64_t first, int64_t count, float* out) const {
     if (W_.nested_blocksize == 0) {
       std::copy_n(W_.absmax + first, count, out);
@@ -62,12 +64,13 @@ class AbsmaxReader {
     }
     const float* code = W_.nested_code;
     const uint8_t* codes = W_.absmax_codes + first;
+    for (int64_t i = S::look_up_bytes(code, codes, count, out); i < count; ++i) out[i] = *hidden(code + codes[i]);
     const float offset = *W_.nested_offset;
     for (int64_t i = 0; i < count;) {
       const int64_t block = (first + i) >> nested_shift_;
       const int64_t end = std::min(count, ((block + 1) << nested_shift_) - first);
       for (const float scale = W_.nested_absmax[block]; i < end; ++i) {
-        const float scaled = code[codes[i]] * scale;
+        const float scaled = out[i] * scale;
         out[i] = scaled + offset;
       }
     }
@@ -84,7 +87,7 @@ PEFTFAST_INLINE int code_at(const uint8_t* packed, int64_t element) {
 
 // out[i] = element first + i, for i < count.
 template <class S, class T>
-void decode_run(const FourBitMatrix& W, const AbsmaxReader& absmax, int64_t first, int64_t count, T* out) {
+void decode_run(const FourBitMatrix& W, const AbsmaxReader<S>& absmax, int64_t first, int64_t count, T* out) {
   const float* values = fourbit::codebook_of(W.type);
   const auto codebook = S::codebook(values);
   for (int64_t e = first; e < first + count;) {
@@ -135,7 +138,7 @@ struct BlockScale {
 
 // Elements first ... first + n - 1 in the first lanes, n <= width; what the other lanes hold is not said.
 template <class S, class Codebook>
-PEFTFAST_INLINE typename S::F decode_vector(const FourBitMatrix& W, const AbsmaxReader& absmax,
+PEFTFAST_INLINE typename S::F decode_vector(const FourBitMatrix& W, const AbsmaxReader<S>& absmax,
                                             const Codebook& codebook, int64_t first, int64_t n, BlockScale& last) {
   if constexpr (S::width > 1) {
     const int64_t block = absmax.block_of(first);
@@ -158,7 +161,7 @@ void pack_fourbit_transposed(const FourBitMatrix& W, int64_t K, int64_t column, 
   constexpr bool pairs = std::is_same_v<typename Mode::Panel, uint32_t>;
   constexpr int64_t NR = Mode::columns;
   constexpr int codes = 8;  // in a word
-  const AbsmaxReader absmax(W);
+  const AbsmaxReader<S> absmax(W);
   thread_local Scratch scratch;
 
   if (K % codes != 0) {  // words would straddle rows: decode rows, then pack them as dense ones
@@ -174,14 +177,22 @@ void pack_fourbit_transposed(const FourBitMatrix& W, int64_t K, int64_t column, 
 
   const auto codebook = S::codebook(fourbit::codebook_of(W.type));
   // Reduction elements that share a scale: a block where blocks start with the rows, else one word.
-  const int64_t span = K % W.blocksize == 0 ? W.blocksize : codes;
+  const bool whole_blocks = K % W.blocksize == 0;
+  const int64_t span = whole_blocks ? W.blocksize : codes;
   const int64_t first_span = q / span, spans = (q + Q - 1) / span - first_span + 1, words = Q / codes;
-  float* scales = scratch.floats(spans * S::width);
+  float* scales = scratch.floats(spans * (S::width + 1));
+  float* of_row = scales + spans * S::width;
   for (int64_t p = 0; p < (columns + NR - 1) / NR * NR; p += S::width) {
-    for (int i = 0; i < S::width; ++i)
-      for (int64_t s = 0; s < spans; ++s)
-        scales[s * S::width + i] =
-            p + i < columns ? absmax(absmax.block_of((column + p + i) * K + (first_span + s) * span)) : 0.0f;
+    for (int i = 0; i < S::width; ++i) {
+      const int64_t first = (column + p + i) * K + first_span * span;
+      if (p + i >= columns)
+        std::fill_n(of_row, spans, 0.0f);
+      else if (whole_blocks)
+        absmax.read(absmax.block_of(first), spans, of_row);
+      else
+        for (int64_t s = 0; s < spans; ++s) of_row[s] = absmax(absmax.block_of(first + s * span));
+      for (int64_t s = 0; s < spans; ++s) scales[s * S::width + i] = of_row[s];
+    }
     typename Mode::Panel* out = panel + p / NR * subpanel_size + p % NR;
     for (int64_t word = 0; word < words; word += S::width) {
       const int64_t n = std::min<int64_t>(S::width, words - word);
@@ -226,7 +237,7 @@ void pack_fourbit_runs(const FourBitMatrix& W, int64_t P, int64_t column, int64_
                        uint32_t* panel, int64_t subpanel_size) {
   using S = typename Mode::S;
   constexpr int64_t NR = Mode::columns, run = 32;
-  const AbsmaxReader absmax(W);
+  const AbsmaxReader<S> absmax(W);
   const auto values = S::codebook(fourbit::codebook_of(W.type));
   thread_local Scratch scratch;
   float* scales[2] = {scratch.floats(2 * (columns / run + 1)), nullptr};  // of the blocks in two rows
@@ -271,7 +282,7 @@ void pack_fourbit_straight(const FourBitMatrix& W, int64_t P, int64_t column, in
   constexpr int64_t NR = Mode::columns, per_row = pairs ? 2 : 1;  // rows of W in one row of the panel
   if constexpr (pairs)
     if (P % 32 == 0) return pack_fourbit_runs<Mode>(W, P, column, columns, q, Q, panel, subpanel_size);
-  const AbsmaxReader absmax(W);
+  const AbsmaxReader<S> absmax(W);
   const auto codebook = S::codebook(fourbit::codebook_of(W.type));
   const int64_t padded = (Q + Mode::unit - 1) / Mode::unit * Mode::unit;
   BlockScale scales[per_row];
@@ -363,17 +374,18 @@ void arrange(const float* x, int64_t Q, bool bf16_codes, int64_t row, int64_t ro
 }
 
 // out[i] += x[i] . one row of W, over `chunks` chunks from `packed` on. x is arranged, of `all` rows; scales has one
-// for each 32 codes; what lies `ahead` bytes on is asked for.
+// for each `run` codes; what lies `ahead` bytes on is asked for.
 template <class S, class Dot, int rows, class Codebook>
 void dot_chunks(const typename Dot::X* x, int64_t all, const Codebook& codebook, const uint8_t* packed,
-                const float* scales, int64_t chunks, int64_t ahead, float* out, int64_t ldo) {
+                const float* scales, int64_t run, int64_t chunks, int64_t ahead, float* out, int64_t ldo) {
   typename S::F sums[rows];
   for (int i = 0; i < rows; ++i) sums[i] = S::zero();
-  for (int64_t c = 0; c < chunks; ++c, packed += 4 * S::width, scales += S::width / 4) {
+  const auto places = S::chunk_scale_places(run);
+  for (int64_t c = 0; c < chunks; ++c, packed += 4 * S::width, scales += chunk_codes<S> / run) {
     __builtin_prefetch(hidden(packed) + ahead);
     typename Dot::Vector w[Dot::vectors];
     S::decode_chunk(codebook, packed, w);
-    const typename S::F scale = S::chunk_scales(scales);
+    const typename S::F scale = S::chunk_scales(scales, places);
     const typename Dot::X* row = x + c * all * chunk_codes<S>;
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i, row += chunk_codes<S>) {
@@ -395,33 +407,39 @@ template <class S, bool bf16_codes>
 void dot_rows_of_chunks(const void* arranged, int64_t rows, const FourBitMatrix& W, int64_t row, int64_t columns,
                         int64_t Q, float* out, int64_t ldo) {
   using Dot = ChunkDot<S, bf16_codes>;
-  const AbsmaxReader absmax(W);
-  const int64_t chunks = Q / chunk_codes<S>, per_row = Q / 32;
+  const AbsmaxReader<S> absmax(W);
+  const int64_t chunks = Q / chunk_codes<S>;
   const auto codebook = Dot::codebook(fourbit::codebook_of(W.type));
   const auto* x = static_cast<const typename Dot::X*>(arranged);
   // A block of the reduction keeps all rows of X in L1 while the rows of W go by.
   constexpr int64_t most = 16384 / sizeof(typename Dot::X);
   const int64_t block = std::clamp<int64_t>(most / rows / chunk_codes<S>, 4, most / chunk_codes<S>);
-  const int64_t ahead = block < chunks ? 4 * Q : Q;  // bytes: eight rows on, of which a block is short, or two
+  const int64_t ahead = block < chunks ? 4 * Q : 2 * Q;  // bytes: eight rows on, of which a block is short, or four
+  const bool whole_blocks = W.blocksize == 64 && Q % 64 == 0;  // the usual, whose scales are as they are read
+  const int64_t run = whole_blocks ? 64 : 32, per_row = Q / run;
   thread_local Scratch scratch;
-  float* scales = scratch.floats(columns * per_row);
-  for (int64_t j = 0; j < columns; ++j) absmax.each_32((row + j) * Q, per_row, scales + j * per_row);
+  float* scales = scratch.floats(columns * per_row + 4);  // four are read at once
+  if (whole_blocks)
+    absmax.read(absmax.block_of(row * Q), columns * per_row, scales);
+  else
+    absmax.each_32(row * Q, columns * per_row, scales);
   for (int64_t c = 0; c < chunks; c += block)
     for (int64_t m = 0; m < rows; m += Dot::rows)
       with_rows<Dot::rows>(std::min<int64_t>(Dot::rows, rows - m), [&](auto n) {
         for (int64_t j = 0; j < columns; ++j)
-          dot_chunks<S, Dot, n.value>(
-              x + (c * rows + m) * chunk_codes<S>, rows, codebook, W.packed + (row + j) * Q / 2 + c * 4 * S::width,
-              scales + j * per_row + c * (S::width / 4), std::min(block, chunks - c), ahead, out + m * ldo + j, ldo);
+          dot_chunks<S, Dot, n.value>(x + (c * rows + m) * chunk_codes<S>, rows, codebook,
+                                      W.packed + (row + j) * Q / 2 + c * 4 * S::width,
+                                      scales + j * per_row + c * chunk_codes<S> / run, run, std::min(block, chunks - c),
+                                      ahead, out + m * ldo + j, ldo);
       });
   if (const int64_t done = chunks * chunk_codes<S>; done < Q) {  // the last of each row, under scales of zero beyond it
     for (int64_t j = 0; j < columns; ++j) {
       uint8_t packed[4 * S::width] = {};
-      float last_scales[S::width / 4] = {};
+      float last_scales[S::width / 4 + 4] = {};
       std::memcpy(packed, W.packed + ((row + j) * Q + done) / 2, (Q - done) / 2);
-      std::copy_n(scales + j * per_row + done / 32, (Q - done) / 32, last_scales);
+      std::copy_n(scales + j * per_row + done / run, (Q - done) / run, last_scales);
       for (int64_t m = 0; m < rows; ++m)
-        dot_chunks<S, Dot, 1>(x + (chunks * rows + m) * chunk_codes<S>, rows, codebook, packed, last_scales, 1, 0,
+        dot_chunks<S, Dot, 1>(x + (chunks * rows + m) * chunk_codes<S>, rows, codebook, packed, last_scales, run, 1, 0,
                               out + m * ldo + j, ldo);
     }
   }
@@ -438,7 +456,7 @@ void dot_rows_fourbit(const float* x, int64_t ldx, int64_t rows, const FourBitMa
       return;
     }
   }
-  const AbsmaxReader absmax(W);
+  const AbsmaxReader<S> absmax(W);
   constexpr int64_t at_once = 4, block = 1024;
   alignas(64) float weights[at_once * block];
   for (int64_t j = 0; j < columns; j += at_once) {
@@ -512,7 +530,7 @@ void fourbit_quantize(const FourBitQuantizeArgs& args, int64_t begin, int64_t en
 
 template <class S, class T>
 void fourbit_dequantize(const FourBitDequantizeArgs& args, int64_t begin, int64_t end) {
-  decode_run<S>(args.W, AbsmaxReader(args.W), begin, end - begin, static_cast<T*>(args.out) + begin);
+  decode_run<S>(args.W, AbsmaxReader<S>(args.W), begin, end - begin, static_cast<T*>(args.out) + begin);
 }
 
 }  // namespace

@@ -306,7 +306,7 @@ class LinearStrip {
     thread_local Scratch scratch;
     float* sums = scratch.floats(width_ / w_rows * groups * 4 * tile * tile + (args_.fourbit ? columns_ * runs : 0));
     float* scales = sums + width_ / w_rows * groups * 4 * tile * tile;
-    if (args_.fourbit) AbsmaxReader(*args_.fourbit).each_32(first_code(), columns_ * runs, scales);
+    if (args_.fourbit) AbsmaxReader<S>(*args_.fourbit).each_32(first_code(), columns_ * runs, scales);
     typename S::Tiles tiles;
     alignas(64) T near[2 * tile * block_in_place];
     for (int64_t q = 0; q < padded; q += block)
