@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peftfast import reference
 from peftfast.nn.moe import Routing
-from peftfast.ops import fourbit_quantize, grouped_linear, lora_linear, moe_combine
+from peftfast.ops import fourbit_quantize, grouped_linear, lora_linear, moe_combine, swiglu
 from peftfast.ops.moe import call
 from peftfast.reference import FourBitWeight
 from peftfast.testing import assert_as_accurate, bytes_saved_for_backward
@@ -636,6 +636,151 @@ def test_combine_asks_for_no_gradient_of_frozen_weights():
     y = moe_combine(x, weights, torch.randperm(6).view(3, 2))
     y.sum().backward()
     assert x.grad is not None and weights.grad is None
+
+
+# ------------------------------------------------------------------------- a product and what is made of it
+
+
+@dataclass
+class Combined:
+    """Sorted rows, some without an expert, on their way through a gate and a product and back to their tokens."""
+
+    leaves: dict
+    weight: torch.Tensor | FourBitWeight
+    bias: torch.Tensor
+    routing: Routing
+    grad: torch.Tensor
+    transposed: bool
+    activation: str | None
+    slots: torch.Tensor = field(default_factory=lambda: torch.tensor([0, -1, 2, 1, 0]))
+
+    def ours(self, x, lora_A, lora_B, weights, dropout=0.0):
+        return self.routing.combined_linear(
+            x, weights, self.weight, lora_A, lora_B, 0.75, slots=self.slots, bias=self.bias, dropout=dropout,
+            transposed=self.transposed, activation=self.activation,
+        )  # fmt: skip
+
+    def in_steps(self, x, lora_A, lora_B, weights, dropout=0.0):
+        """By the operators one after another."""
+        a = x if self.activation is None else swiglu(*x.chunk(2, dim=1), activation=self.activation)
+        y = self.routing.linear(
+            a, self.weight, lora_A, lora_B, 0.75, slots=self.slots, bias=self.bias, dropout=dropout,
+            transposed=self.transposed,
+        )  # fmt: skip
+        return self.routing.combine(y, weights)
+
+    def eager(self, x, lora_A, lora_B, weights):
+        weight = self.weight
+        if isinstance(weight, FourBitWeight):
+            weight = reference.fourbit_dequantize(weight, x.dtype)
+        a = x if self.activation is None else reference.swiglu(*x.chunk(2, dim=1), activation=self.activation)
+        y = reference.grouped_linear(
+            a, weight.to(x.dtype), self.routing.offsets, lora_A, lora_B, 0.75, experts=self.routing.experts,
+            slots=self.slots, bias=self.bias.to(x.dtype), transposed=self.transposed,
+        )  # fmt: skip
+        return reference.moe_combine(y, self.routing.weights(weights), self.routing.places)
+
+    def run(self, function, dtype=None, **settings):
+        """The output and the gradients of the leaves, by name; computed in `dtype` if there is one."""
+        leaves = {
+            name: leaf.detach().to(dtype or leaf.dtype).requires_grad_() for name, leaf in self.leaves.items()
+        }
+        y = function(**leaves, **settings)
+        grads = torch.autograd.grad(y, leaves.values(), self.grad.to(y.dtype))
+        return {"output": y.detach()} | dict(zip(leaves, grads))
+
+
+def combined(dtypes=DTYPES["fp32"], kind=WEIGHTS["dense"], activation="silu", tokens=700, top_k=3):
+    (K, N, r), (dtype, adapter_dtype), (format, transposed) = SHAPES[1], dtypes, kind
+    weight = (torch.randn(EXPERTS, *((K, N) if transposed else (N, K))) * K**-0.5).to(dtype)
+    leaves = {
+        "x": torch.randn(tokens * top_k, 2 * K if activation else K).to(dtype),
+        "lora_A": (torch.randn(SLOTS, r, K) * K**-0.5).to(adapter_dtype),
+        "lora_B": (torch.randn(SLOTS, N, r) * r**-0.5).to(adapter_dtype),
+        "weights": torch.rand(tokens, top_k),
+    }
+    return Combined(
+        {name: leaf.detach() for name, leaf in leaves.items()},
+        weight if format is None else fourbit_quantize(weight, **format),
+        torch.randn(EXPERTS, N).to(dtype),
+        Routing(torch.randint(EXPERTS + 1, (tokens, top_k)), EXPERTS),
+        torch.randn(tokens, N).to(dtype),
+        transposed,
+        activation,
+    )
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("activation", [None, "silu", "gelu_tanh"])
+@by_weight
+@by_dtype
+def test_combined_linear(dtypes, kind, activation):
+    p = combined(dtypes, kind, activation)
+    ours, eager, oracle = p.run(p.ours), p.run(p.eager), p.run(p.eager, torch.float64)
+    for name, exact in oracle.items():
+        assert ours[name].dtype == eager[name].dtype and ours[name].shape == exact.shape, name
+        assert_as_accurate(ours[name], eager[name], exact, name=name)
+    outside = p.routing.rows[p.routing.offsets[-1] :]
+    assert len(outside) and not ours["x"][p.routing.offsets[-1] :].any(), "of rows without an expert"
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_combined_linear_is_its_steps(activation):
+    """Dropout draws the same mask; a weight of zero has a gradient, and one without an expert has none."""
+    p = combined(activation=activation, tokens=50)
+    p.leaves["weights"][7] = 0
+    torch.manual_seed(3)
+    ours = p.run(p.ours, dropout=0.3)
+    torch.manual_seed(3)
+    for name, expected in p.run(p.in_steps, dropout=0.3).items():
+        torch.testing.assert_close(ours[name], expected)
+    assert ours["weights"][7].any()
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_combined_linear_keeps_its_input_alone(activation):
+    p = combined(activation=activation)
+    p.routing = routing = Routing(torch.randint(EXPERTS, (700, 3)), EXPERTS)
+    leaves = {name: leaf.requires_grad_() for name, leaf in p.leaves.items()}
+    known = [*leaves.values(), p.weight, p.bias, p.slots, *(routing.rows, routing.places, routing.offsets)]
+    saved = bytes_saved_for_backward(lambda: p.ours(**leaves), [*known, routing.experts])
+    assert saved == 4 * len(routing.rows) * SHAPES[1][2], "u"
+
+
+def test_combined_linear_gives_only_the_gradients_asked_for():
+    p = combined()
+    everything = p.run(p.ours)
+    for wanted in [("x",), ("lora_A",), ("lora_B",), ("weights",), ("x", "weights"), ("lora_A", "lora_B")]:
+        leaves = {name: leaf.clone().requires_grad_(name in wanted) for name, leaf in p.leaves.items()}
+        p.ours(**leaves).backward(p.grad)
+        for name, leaf in leaves.items():
+            assert (leaf.grad is not None) == (name in wanted)
+            assert leaf.grad is None or torch.equal(leaf.grad, everything[name]), name
+
+
+def test_combined_linear_with_a_trained_bias():
+    p = combined()
+    biases = []
+    for function in (p.ours, p.in_steps):
+        p.bias = p.bias.detach().requires_grad_()
+        function(**p.leaves).backward(p.grad)
+        biases.append(p.bias.grad)
+    assert biases[0].any() and torch.equal(*biases)
+
+
+def test_combined_linear_for_any_number_of_threads():
+    p = combined(DTYPES["bf16-fp32"])
+    one = p.run(p.ours)
+    torch.set_num_threads(2)
+    assert all(torch.equal(value, one[name]) for name, value in p.run(p.ours).items())
+
+
+def test_combined_linear_refuses_a_second_derivative():
+    p = combined()
+    x = p.leaves["x"].requires_grad_()
+    (grad,) = torch.autograd.grad(p.ours(**p.leaves).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
 
 
 # ------------------------------------------------------------------------------------------------- routing

@@ -132,7 +132,7 @@ struct Avx512 {
       // Four codes of the first 16 beside four of the others in each quarter, which unpacking parts again.
       const __m256i bytes = _mm256_permutevar8x32_epi32(
           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + done)), _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0));
-      const U place = _mm512_cvtepu8_epi16(bytes);
+      const U place = _mm512_cvtepi8_epi16(bytes);  // of which the lowest eight bits matter
       const auto beyond_64 = _mm512_test_epi16_mask(place, _mm512_set1_epi16(64));
       const auto beyond_128 = _mm512_test_epi16_mask(place, _mm512_set1_epi16(128));
       const auto find = [&](const U(&half)[8]) __attribute__((always_inline)) {

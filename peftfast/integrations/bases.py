@@ -10,11 +10,23 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from transformers import activations
 from transformers.pytorch_utils import Conv1D
 
 from peftfast.nn import Linear4bit, Linear8bit
 from peftfast.ops import eightbit, fourbit, lora
 from peftfast.ops.lora import DTYPES, KERNEL_DEVICES
+
+ACTIVATIONS = {
+    nn.SiLU: "silu",
+    activations.SiLUActivation: "silu",
+    activations.GELUActivation: "gelu",
+    activations.GELUTanh: "gelu_tanh",
+    activations.NewGELUActivation: "gelu_tanh",
+    nn.ReLU: "relu",
+    nn.Tanh: "tanh",
+    nn.Identity: "identity",
+}
 
 
 class Dense:
@@ -153,6 +165,13 @@ def is_plain(module: nn.Module, pre_hooks: bool = False) -> bool:
 # Whether fake tensors count as those that they stand for: `peftfast plan` runs training steps on them. Else they do
 # not, since what torch.export records is to hold torch's operations.
 fakes_are_plain = False
+
+
+def name_of_activation(activation: object) -> str | None:
+    """The name that the operators have for what a module or function computes."""
+    if type(activation) is nn.GELU:
+        return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
+    return ACTIVATIONS.get(type(activation))
 
 
 def is_plain_tensor(tensor: Tensor) -> bool:

@@ -13,13 +13,18 @@ from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+from transformers.integrations.moe import (
+    ALL_EXPERTS_FUNCTIONS,
+    _default_apply_gate,
+    grouped_mm_experts_forward,
+)
 
 from peftfast.integrations import forwards
-from peftfast.integrations.bases import is_plain_tensor
+from peftfast.integrations.bases import is_plain, is_plain_tensor, name_of_activation
 from peftfast.nn.fourbit import (
     ENTRIES,
     beside,
@@ -36,6 +41,7 @@ from peftfast.nn.quantized import QuantizedLayer
 from peftfast.ops import EightBitWeight, FourBitWeight, fourbit_dequantize, fourbit_quantize
 from peftfast.ops.devices import KERNEL_DEVICES, host_reads
 from peftfast.ops.lora import DTYPES, name_of
+from peftfast.ops.rowwise import call_swiglu
 
 NAME = "peftfast"
 
@@ -87,12 +93,25 @@ def call(
         hidden_states.device.type, enabled=False
     ):  # as "grouped_mm": in the dtype of the weights
         hidden = hidden_states.to(weight_of(experts, up).dtype)
-        hidden = _project(experts, up, hidden, routing, adapters, gather=True)
-        hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
-        hidden = _project(experts, down, hidden, routing, adapters)
+        hidden = routing.linear(hidden, gather=True, **_projection(experts, up, hidden, routing, adapters))
+        activation = _activation_of_gate(experts)
+        if activation is None:
+            hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
+        last = _projection(experts, down, hidden, routing, adapters)
         if experts.has_post_expert_norm:
-            hidden = experts.post_expert_norm(hidden)
-        return routing.combine(hidden, top_k_weights).to(hidden_states.dtype)
+            if activation is not None:
+                hidden = call_swiglu(*hidden.chunk(2, dim=-1), activation)
+            hidden = experts.post_expert_norm(routing.linear(hidden, **last))
+            return routing.combine(hidden, top_k_weights).to(hidden_states.dtype)
+        y = routing.combined_linear(hidden, top_k_weights, activation=activation, **last)
+        return y.to(hidden_states.dtype)
+
+
+def _activation_of_gate(experts: nn.Module) -> str | None:
+    """The activation, by its name in `peftfast.ops.swiglu`, of experts gated as that does it."""
+    gate = experts.__dict__.get("_apply_gate", getattr(type(experts), "_apply_gate", None))
+    name = name_of_activation(experts.act_fn) if gate is _default_apply_gate and experts.has_gate else None
+    return name if name is None or is_plain(experts.act_fn) else None
 
 
 def _check_routing(experts: nn.Module, hidden_states: Tensor, index: Tensor, weights: Tensor) -> None:
@@ -114,19 +133,24 @@ def _check_routing(experts: nn.Module, hidden_states: Tensor, index: Tensor, wei
         raise ValueError(f"Experts {forwards.name_of(experts, NAME)}: {wrong}.")
 
 
-def _project(
-    experts: nn.Module, name: str, x: Tensor, routing: Routing, adapters: dict[str, Adapter], gather: bool = False
-) -> Tensor:  # fmt: skip
+def _projection(
+    experts: nn.Module, name: str, x: Tensor, routing: Routing, adapters: dict[str, Adapter]
+) -> dict[str, Any]:
+    """The arguments of `Routing.linear` for a projection of x."""
     adapter = adapters.get(name)
     bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
     if bias is not None and bias.dtype is not x.dtype:
         bias = bias.float()  # exact, and fits every x
-    lora = (adapter.A, adapter.B, adapter.scaling) if adapter else (None, None, 1.0)
-    slots = None if adapter is None else routing.experts if adapter.slots is None else adapter.slots
-    return routing.linear(
-        x, weight_of(experts, name), *lora, slots=slots, bias=bias, gather=gather,
-        dropout=adapter.dropout if adapter else 0.0, transposed=experts.is_transposed,
-    )  # fmt: skip
+    arguments = {"weight": weight_of(experts, name), "bias": bias, "transposed": experts.is_transposed}
+    if adapter is None:
+        return arguments
+    return arguments | {
+        "lora_A": adapter.A,
+        "lora_B": adapter.B,
+        "scaling": adapter.scaling,
+        "slots": routing.experts if adapter.slots is None else adapter.slots,
+        "dropout": adapter.dropout,
+    }
 
 
 def weight_of(experts: nn.Module, name: str) -> Tensor | FourBitWeight:

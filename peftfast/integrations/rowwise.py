@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _disable_current_modes
-from transformers import PreTrainedModel, activations
+from transformers import PreTrainedModel
 
 from peftfast import reference
 from peftfast.integrations import forwards
-from peftfast.integrations.bases import is_plain, is_plain_tensor, why_not_mode
+from peftfast.integrations.bases import is_plain, is_plain_tensor, name_of_activation, why_not_mode
 from peftfast.integrations.forwards import last_fallback, stand_in, subclasses, why_not_reached
 from peftfast.ops.devices import KERNEL_DEVICES
 from peftfast.ops.lora import DTYPES
@@ -32,16 +32,6 @@ from peftfast.ops.rowwise import call_rms_norm, call_swiglu
 
 NAME = "rowwise"
 NAMES = re.compile(r"(RMSNorm|MLP|Mlp)$")
-ACTIVATIONS = {
-    nn.SiLU: "silu",
-    activations.SiLUActivation: "silu",
-    activations.GELUActivation: "gelu",
-    activations.GELUTanh: "gelu_tanh",
-    activations.NewGELUActivation: "gelu_tanh",
-    nn.ReLU: "relu",
-    nn.Tanh: "tanh",
-    nn.Identity: "identity",
-}
 
 
 @dataclass(frozen=True)
@@ -89,7 +79,7 @@ class GatedMlp:
 
     def why_not(self, mlp: nn.Module) -> str | None:
         activation = getattr(mlp, self.activation)
-        if _name_of(activation) is None:
+        if name_of_activation(activation) is None:
             return f"its activation is a {type(activation).__name__}"
         return None if is_plain(activation) else "its activation has hooks or a forward of its own"
 
@@ -104,7 +94,7 @@ class GatedMlp:
         if reason is None and (gate.dtype != up.dtype or gate.shape != up.shape):
             reason = "its projections differ in dtype or shape"
         if reason is None:
-            return mlp.down_proj(call_swiglu(gate, up, _name_of(activation)))
+            return mlp.down_proj(call_swiglu(gate, up, name_of_activation(activation)))
         forwards.fall_back(mlp, NAME, reason)
         return mlp.down_proj(activation(gate) * up)
 
@@ -213,12 +203,6 @@ def _why_not_tensors(tensors: list[Tensor]) -> str | None:
             return f"its input is on {tensors[0].device}, its weight on {tensor.device}"
     device = tensors[0].device.type
     return None if device in KERNEL_DEVICES else f"there is no kernel for {device} yet"
-
-
-def _name_of(activation: Any) -> str | None:
-    if type(activation) is nn.GELU:
-        return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
-    return ACTIVATIONS.get(type(activation))
 
 
 # ---- what a class computes ------------------------------------------------------------------------------

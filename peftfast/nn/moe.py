@@ -83,6 +83,35 @@ class Routing:
             compute_dtype=compute_dtype, places=self.places if gather else None,
         )  # fmt: skip
 
+    def combined_linear(
+        self,
+        x: Tensor,
+        top_k_weights: Tensor,
+        weight: Tensor | FourBitWeight,
+        lora_A: Tensor | None = None,
+        lora_B: Tensor | None = None,
+        scaling: float | Tensor = 1.0,
+        *,
+        slots: Tensor | None = None,
+        bias: Tensor | None = None,
+        dropout: float = 0.0,
+        transposed: bool = False,
+        activation: str | None = None,
+    ) -> Tensor:
+        """`combine` of `linear` of x, or of `peftfast.ops.swiglu` of the halves of x with this `activation`.
+
+        Backward keeps x, and nothing of what comes of it.
+
+        Args:
+            x: the sorted rows [tokens * top_k, K], or [tokens * top_k, 2 K] with an activation.
+        Returns:
+            [tokens, N]
+        """
+        return moe.call_combined(
+            x, self.weights(top_k_weights), self.places, self.rows, weight, self.offsets, self.experts, slots,
+            lora_A, lora_B, scaling, bias, dropout, transposed, activation=activation,
+        )  # fmt: skip
+
     def repeat(self, x: Tensor) -> Tensor:
         """The sorted rows [tokens * top_k, N] of the tokens x [tokens, N]."""
         return moe.repeat(x, self.rows, self.places)

@@ -19,6 +19,7 @@ from peftfast.ops.lora import (
     name_of,
     refuse_second_derivative,
 )  # fmt: skip
+from peftfast.ops.rowwise import NUMBERS, SWIGLU, SWIGLU_BACKWARD, call_swiglu
 from peftfast.reference import FourBitWeight
 
 FORWARD = torch.ops.peftfast.grouped_linear.default
@@ -96,6 +97,51 @@ def call(
 
     places: int64 [T, times], where each row of x is among `rows`, when each is there as often.
     """
+    x, weight, slots, lora_B, scaling = _as_computed(x, weight, experts, slots, lora_B, scaling)
+    if x.device.type not in KERNEL_DEVICES:
+        return reference.grouped_linear(
+            x, weight, offsets, lora_A, lora_B, scaling, experts=experts, slots=slots, rows=rows,
+            bias=bias, dropout=dropout, transposed=transposed, seed=seed, compute_dtype=compute_dtype,
+        )  # fmt: skip
+    base, experts, settings = _settings(
+        x, weight, experts, lora_A, lora_B, scaling, dropout, transposed, seed, compute_dtype
+    )
+    return _GroupedLinear.apply(
+        x, lora_A, lora_B, bias, *base, offsets, experts, slots, rows, places, *settings
+    )
+
+
+def call_combined(
+    x, weights, places, rows, weight, offsets, experts, slots, lora_A, lora_B, scaling,
+    bias=None, dropout=0.0, transposed=False, compute_dtype=None, activation=None,
+) -> Tensor:  # fmt: skip
+    """`combine(call(x, ...), weights, places)`, which keeps less for backward.
+
+    activation: the rows are those of `swiglu` of the halves of x, and are made again in backward.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or not torch.is_grad_enabled()
+        or x.device.type not in KERNEL_DEVICES
+        or (bias is not None and bias.requires_grad)
+    ):
+        y = call(
+            x if activation is None else call_swiglu(*x.chunk(2, dim=-1), activation),
+            weight, offsets, experts, slots, lora_A, lora_B, scaling, None, bias, dropout, transposed,
+            compute_dtype=compute_dtype,
+        )  # fmt: skip
+        return combine(y, weights, places)
+    x, weight, slots, lora_B, scaling = _as_computed(x, weight, experts, slots, lora_B, scaling)
+    base, experts, settings = _settings(
+        x, weight, experts, lora_A, lora_B, scaling, dropout, transposed, None, compute_dtype
+    )
+    return _CombinedLinear.apply(
+        x, lora_A, lora_B, weights, bias, *base, offsets, experts, slots, rows, places, *settings, activation
+    )
+
+
+def _as_computed(x, weight, experts, slots, lora_B, scaling) -> tuple:
+    """The arguments under autocast, with slots, and with a scaling that is a number."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
@@ -106,25 +152,25 @@ def call(
         slots = torch.full_like(experts, -1)
     elif slots is experts and torch.compiler.is_compiling():  # which takes no tensor twice
         slots = slots.clone()
-    if device not in KERNEL_DEVICES:
-        return reference.grouped_linear(
-            x, weight, offsets, lora_A, lora_B, scaling, experts=experts, slots=slots, rows=rows,
-            bias=bias, dropout=dropout, transposed=transposed, seed=seed, compute_dtype=compute_dtype,
-        )  # fmt: skip
+    return x, weight, slots, lora_B, scaling
+
+
+def _settings(
+    x, weight, experts, lora_A, lora_B, scaling, dropout, transposed, seed, compute_dtype
+) -> tuple[tuple, Tensor, tuple]:
+    """(the stack of weights, whether it is transposed), experts, (scaling, dropout, seed, compute dtype), as the
+    operators take them."""
     if lora_A is None or not dropout:
         seed, dropout = None, 0.0
     elif seed is None:
         seed = torch.randint(2**63 - 1, (1,), device=x.device)
     if weight is None:
         experts, transposed = torch.zeros_like(experts), False
-        base = (None,) * 5 + (0, 0, 0, [1, lora_B.shape[1], lora_A.shape[2]])
+        stack = (None,) * 5 + (0, 0, 0, [1, lora_B.shape[1], lora_A.shape[2]])
     else:
-        base = _parts(weight)
+        stack = _parts(weight)
     compute = DTYPES.index(compute_dtype or x.dtype)
-    return _GroupedLinear.apply(
-        x, lora_A, lora_B, bias, base, transposed, offsets, experts, slots, rows, places, scaling, dropout, seed,
-        compute,
-    )  # fmt: skip
+    return (stack, transposed), experts, (scaling, dropout, seed, compute)
 
 
 def _parts(weight: Tensor | FourBitWeight) -> tuple:
@@ -190,16 +236,91 @@ class _GroupedLinear(torch.autograd.Function):
         return tuple(grads)
 
 
+class _CombinedLinear(torch.autograd.Function):
+    """A product over sorted rows and what `combine` makes of it, with the gated activation before it if there is one.
+
+    Nothing of the product is kept. The gradient of a routing weight is the scalar product of g, its token's gradient,
+    and W a, what the expert said. That is also the product of W^T g and a, and W^T g is made for the gradient of a.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x, lora_A, lora_B, weights, bias, base, transposed, offsets, experts, slots, rows, places, scaling,
+        dropout, seed, compute, activation,
+    ):  # fmt: skip
+        weights32 = weights.float().contiguous()
+        with _below_autograd():
+            y, u = FORWARD(
+                _gated(x, activation), *base, transposed, offsets, experts, slots, bias, lora_A, lora_B, scaling,
+                dropout, seed, compute,
+            )  # fmt: skip
+            combined = COMBINE(y, weights32, places)
+        ctx.save_for_backward(
+            x, lora_A, lora_B, u, *base[:5], offsets, experts, slots, rows, places, weights32, seed, bias
+        )
+        ctx.settings = base[5:], transposed, scaling, dropout, compute, activation, weights.dtype
+        ctx.set_materialize_grads(False)
+        return combined
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y):
+        grads = [None] * len(ctx.needs_input_grad)
+        want_x, want_A, want_B, want_weights = ctx.needs_input_grad[:4]
+        if grad_y is None or not (want_x or want_A or want_B or want_weights):
+            return tuple(grads)
+        x, lora_A, lora_B, u, *parts, offsets, experts, slots, rows, places, weights, seed, bias = (
+            ctx.saved_tensors
+        )
+        format, transposed, scaling, dropout, compute, activation, weights_dtype = ctx.settings
+        a = _gated(x, activation)
+        each = torch.arange(len(rows), device=x.device).unsqueeze(1)
+        weight = weights.new_zeros(len(rows), 1)
+        weight[places] = weights.unsqueeze(2)
+        # Of rows with the gradient g and the weight w, w stands beside a and u rather than g: the gradients of A and B
+        # are the same, and that of a is W^T g.
+        grad_a, grads[1], grads[2] = BACKWARD(
+            grad_y.index_select(0, rows), COMBINE(a, weight, each) if want_A else a, *parts, *format, transposed,
+            offsets, experts, slots, lora_A, lora_B, u * weight, scaling, dropout, seed, compute,
+            want_x or want_weights, want_A, want_B,
+        )  # fmt: skip
+        if want_x or want_weights:
+            grads[0], grad_weight = COMBINE_BACKWARD(grad_a, a, weight, each, want_weights)
+        if want_weights:
+            if bias is not None:
+                grad_weight += _products_with(bias, grad_y, offsets, experts, rows)
+            grads[3] = grad_weight[places].squeeze(2).to(weights_dtype)
+        if activation is not None and want_x:
+            del a, grad_a
+            halves = *x.chunk(2, dim=1), NUMBERS[activation]
+            grads[0] = torch.cat(SWIGLU_BACKWARD(grads[0], *halves, True, True), dim=1)
+        return tuple(grad if want else None for grad, want in zip(grads, ctx.needs_input_grad))
+
+
+def _gated(x: Tensor, activation: str | None) -> Tensor:
+    return x.contiguous() if activation is None else SWIGLU(*x.chunk(2, dim=1), NUMBERS[activation])
+
+
+def _products_with(bias: Tensor, grad: Tensor, offsets: Tensor, experts: Tensor, rows: Tensor) -> Tensor:
+    """[rows, 1] of grad[rows[i]] . bias[e], for the expert e that row i has, if it has one."""
+    group, inside = _groups_of_rows(len(rows), offsets, experts)
+    table = grad.float() @ bias.float().t()
+    return (table[rows, experts[group]] * inside).unsqueeze(1)
+
+
+def _groups_of_rows(count: int, offsets: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+    """The group of each row, or another where it has none; and whether it has one."""
+    group = torch.searchsorted(offsets, torch.arange(count, device=offsets.device), right=True) - 1
+    return group.clamp(0, len(experts) - 1), (group >= 0) & (group < len(experts))
+
+
 def _sum_by_expert(grad: Tensor, offsets: Tensor, experts: Tensor, bias: Tensor) -> Tensor:
     """The gradient of `bias` [experts, N]: row e sums the rows of grad whose group has expert e."""
     total = torch.zeros(bias.shape, dtype=torch.float32, device=grad.device)
     if experts.numel() == 0:
         return total.to(bias.dtype)
-    rows = torch.arange(grad.shape[0], device=grad.device)
-    group = torch.searchsorted(offsets, rows, right=True) - 1
-    inside = (group >= 0) & (group < experts.numel())
-    expert = experts[group.clamp(0, experts.numel() - 1)]
-    return total.index_add_(0, expert, grad.float() * inside.unsqueeze(1)).to(bias.dtype)
+    group, inside = _groups_of_rows(grad.shape[0], offsets, experts)
+    return total.index_add_(0, experts[group], grad.float() * inside.unsqueeze(1)).to(bias.dtype)
 
 
 def _gather(x: Tensor, rows: Tensor, offsets: Tensor, slots: Tensor) -> Tensor:
