@@ -17,11 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import (
-    ALL_EXPERTS_FUNCTIONS,
-    _default_apply_gate,
-    grouped_mm_experts_forward,
-)
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from peftfast.integrations import forwards
 from peftfast.integrations.bases import is_plain, is_plain_tensor, name_of_activation
@@ -109,8 +105,9 @@ def call(
 
 def _activation_of_gate(experts: nn.Module) -> str | None:
     """The activation, by its name in `peftfast.ops.swiglu`, of experts gated as that does it."""
-    gate = experts.__dict__.get("_apply_gate", getattr(type(experts), "_apply_gate", None))
-    name = name_of_activation(experts.act_fn) if gate is _default_apply_gate and experts.has_gate else None
+    if not experts.has_gate or getattr(experts._apply_gate, "__qualname__", None) != "_default_apply_gate":
+        return None
+    name = name_of_activation(experts.act_fn)
     return name if name is None or is_plain(experts.act_fn) else None
 
 

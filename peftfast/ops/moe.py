@@ -113,7 +113,7 @@ def call(
 
 def call_combined(
     x, weights, places, rows, weight, offsets, experts, slots, lora_A, lora_B, scaling,
-    bias=None, dropout=0.0, transposed=False, compute_dtype=None, activation=None,
+    bias=None, dropout=0.0, transposed=False, activation=None,
 ) -> Tensor:  # fmt: skip
     """`combine(call(x, ...), weights, places)`, which keeps less for backward.
 
@@ -128,12 +128,11 @@ def call_combined(
         y = call(
             x if activation is None else call_swiglu(*x.chunk(2, dim=-1), activation),
             weight, offsets, experts, slots, lora_A, lora_B, scaling, None, bias, dropout, transposed,
-            compute_dtype=compute_dtype,
         )  # fmt: skip
         return combine(y, weights, places)
     x, weight, slots, lora_B, scaling = _as_computed(x, weight, experts, slots, lora_B, scaling)
     base, experts, settings = _settings(
-        x, weight, experts, lora_A, lora_B, scaling, dropout, transposed, None, compute_dtype
+        x, weight, experts, lora_A, lora_B, scaling, dropout, transposed, None, None
     )
     return _CombinedLinear.apply(
         x, lora_A, lora_B, weights, bias, *base, offsets, experts, slots, rows, places, *settings, activation
@@ -280,8 +279,8 @@ class _CombinedLinear(torch.autograd.Function):
         # Of rows with the gradient g and the weight w, w stands beside a and u rather than g: the gradients of A and B
         # are the same, and that of a is W^T g.
         grad_a, grads[1], grads[2] = BACKWARD(
-            grad_y.index_select(0, rows), COMBINE(a, weight, each) if want_A else a, *parts, *format, transposed,
-            offsets, experts, slots, lora_A, lora_B, u * weight, scaling, dropout, seed, compute,
+            grad_y.index_select(0, rows), _scale(a, weight, each, offsets, slots) if want_A else a, *parts, *format,
+            transposed, offsets, experts, slots, lora_A, lora_B, u * weight, scaling, dropout, seed, compute,
             want_x or want_weights, want_A, want_B,
         )  # fmt: skip
         if want_x or want_weights:
@@ -325,14 +324,33 @@ def _sum_by_expert(grad: Tensor, offsets: Tensor, experts: Tensor, bias: Tensor)
 
 def _gather(x: Tensor, rows: Tensor, offsets: Tensor, slots: Tensor) -> Tensor:
     """x[rows], where only the rows of groups with an adapter need be there."""
-    if not host_reads(slots) or bool((slots >= 0).all()):
+    parts = _with_adapter(offsets, slots)
+    if parts is None:
         return x.index_select(0, rows)
-    gathered, bounds = x.new_empty(rows.numel(), x.shape[1]), offsets.tolist()
+    gathered = x.new_empty(rows.numel(), x.shape[1])
     with torch.no_grad():
-        for group in (slots >= 0).nonzero().view(-1).tolist():
-            part = slice(bounds[group], bounds[group + 1])
+        for part in parts:
             torch.index_select(x, 0, rows[part], out=gathered[part])
     return gathered
+
+
+def _scale(x: Tensor, weight: Tensor, each: Tensor, offsets: Tensor, slots: Tensor) -> Tensor:
+    """weight[i] * x[i], where only the rows of groups with an adapter need be there. each: 0, 1, ... as `places`."""
+    parts = _with_adapter(offsets, slots)
+    if parts is None:
+        return COMBINE(x, weight, each)
+    scaled = torch.empty_like(x)
+    for part in parts:
+        scaled[part] = COMBINE(x[part], weight[part], each[: part.stop - part.start])
+    return scaled
+
+
+def _with_adapter(offsets: Tensor, slots: Tensor) -> list[slice] | None:
+    """The rows of each group that has an adapter; None: all may have one."""
+    if not host_reads(slots) or bool((slots >= 0).all()):
+        return None
+    bounds = offsets.tolist()
+    return [slice(bounds[i], bounds[i + 1]) for i in (slots >= 0).nonzero().view(-1).tolist()]
 
 
 def _sum_rows(grad: Tensor, rows: Tensor, places: Tensor | None, count: int) -> Tensor:
