@@ -18,7 +18,7 @@ A token's experts are drawn by a fixed seed, "uniform" or "skewed" (Zipf's law o
 What is timed, "forward" or "forward+backward", is as in bench_lora.py; backward also gives the gradient of the
 routing weights. The work counted is the least possible: three products of H x I per token and expert in each pass
 over the weights, and the adapters'; a pass reads the experts that have tokens once. "saved" is what forward keeps for
-backward beside weights and inputs, "peak" by how much memory grows during the call, its results included.
+backward beside weights and inputs, "peak" by how much all tensors together grow during the call, its results included.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from record import DTYPES, Contender, parsed, parser_of, positive, run, verdict
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
@@ -123,6 +124,15 @@ def implementation(experts: nn.Module, name: str) -> Iterator[None]:
         experts.config._experts_implementation = before
 
 
+def peak_of_tensors(function: Callable[[], Any], device: str) -> int:
+    """As `peak_memory` has it of a GPU. The process's own peak is of what its allocator keeps for later, too."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
+
+
 def contenders(point: Point, device: str) -> dict[str, Contender]:
     """The implementations at one point, rivals and ours."""
     torch.manual_seed(0)
@@ -182,7 +192,7 @@ def contenders(point: Point, device: str) -> dict[str, Contender]:
             shrunk=lambda tokens: call(layer, tokens),
             rows=point.tokens,
             saved_bytes=saved if backward else None,
-            peak_bytes=partial(peak_memory, run, device),
+            peak_bytes=partial(peak_memory if device == "cuda" else peak_of_tensors, run, device),
         )
 
     layer = adapted(experts, point.r)

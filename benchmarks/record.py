@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import datetime
 import json
 import os
@@ -35,7 +34,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -217,8 +216,7 @@ def measure(
                 if contender.saved_bytes is not None:
                     implementations[name]["saved_bytes"] = contender.saved_bytes()
                 if contender.peak_bytes is not None:
-                    with _freed_blocks_returned():
-                        implementations[name]["peak_bytes"] = contender.peak_bytes()
+                    implementations[name]["peak_bytes"] = contender.peak_bytes()
         except Exception as error:
             if contender.ours:
                 raise
@@ -257,22 +255,6 @@ def measure(
                 rival: _digits(speedup(timing, timings[rival])) for rival in ready if not ready[rival].ours
             }
     return {"point": point, "implementations": implementations}
-
-
-@contextlib.contextmanager
-def _freed_blocks_returned() -> Iterator[None]:
-    """Has glibc give large blocks back as they are freed, so that a peak is of what is needed, not of what is kept.
-
-    Afterwards its thresholds are where it moves them itself once blocks of 32 MiB have been freed.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)
-    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
-    mallopt(mmap_threshold, 2**20)
-    try:
-        yield
-    finally:
-        mallopt(mmap_threshold, 2**25)
-        mallopt(trim_threshold, 2**26)
 
 
 def _foretell(contender: Contender, cap: float) -> float:
