@@ -24,8 +24,9 @@ struct LoraAdapter {
   DType dtype;        // of A, B and their gradients
   const void *A, *B;  // [slots, rank, K]; [slots, N, rank] with strides: a stack is stored in several orders
   int64_t B_strides[3];
-  float scaling, dropout;  // a probability in [0, 1)
-  void *grad_A, *grad_B;   // like A and B, contiguous, out; null: not wanted (backward only)
+  float scaling, dropout;     // a probability in [0, 1)
+  void *grad_A, *grad_B;      // like A and B, out; null: not wanted (backward only)
+  int64_t grad_B_strides[3];  // contiguous, or those of a B whose slots lie beside each other
 };
 
 // A matrix in the format of fourbit_format.h. Element i is codebook[code i] * absmax[i / blocksize], where a nested
@@ -127,8 +128,8 @@ struct BottleneckAdapterBackwardArgs {
   float *grad_down_bias, *grad_up_bias, *grad_norm_weight, *grad_norm_bias, *grad_scaling;
 };
 
-// Y = activation(gate) * up. Backward, from G = dL/dY: grad_gate = G * up * activation'(gate), and grad_up = G *
-// activation(gate).
+// Y = weights * (activation(gate) * up), a weight to a row. Backward, from G = dL/dY: grad_gate = weights * (G * up *
+// activation'(gate)), grad_up = weights * (G * activation(gate)), grad_weights[m] = G[m] . (activation(gate) * up)[m].
 struct SwigluArgs {
   int64_t M, I;
   DType dtype;
@@ -136,6 +137,9 @@ struct SwigluArgs {
   const void *gate, *up, *G;  // [M, I]; G: backward only
   int64_t ld_gate, ld_up, ldg;
   void *Y, *grad_gate, *grad_up;  // [M, I], out; a gradient that is null: not wanted
+  int64_t ld_grad;                // of both
+  const float* weights;           // [M]; null: all 1
+  float* grad_weights;            // [M], out; null: not wanted
 };
 
 // Y = rstd X (offset + weight) with rstd = 1 / sqrt(mean of the squares of a row + eps). Backward is from G = dL/dY.

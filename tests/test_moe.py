@@ -362,6 +362,21 @@ def test_layouts_change_nothing(dtypes, layout, tokens):
     )
 
 
+@pytest.mark.parametrize("dtypes", [DTYPES["fp32"], DTYPES["bf16"]], ids=["fp32", "bf16"])
+def test_the_gradient_of_B_lies_as_B_does(dtypes):
+    """So that it becomes that of PEFT's parameter [N, r * experts] without a copy."""
+    p = problem(dtypes=dtypes)
+    assert forward_backward(grouped_linear, p)["grad of lora_B"].stride() == p.leaves["lora_B"].stride()
+    A, B = p.leaves["lora_A"], p.leaves["lora_B"]
+    for lora_B, strides in ((B, B.stride()), (B.contiguous(), B.contiguous().stride())):
+        _, _, grad_B = torch.ops.peftfast.grouped_linear_backward(
+            p.grad, p.leaves["x"], None, None, None, None, None, 0, 0, 0, [1, B.shape[1], A.shape[2]], False,
+            p.offsets, torch.zeros_like(p.settings["slots"]), p.settings["slots"], A, lora_B,
+            torch.zeros(len(p.grad), A.shape[1]), 1.0, 0.0, None, 0, False, False, True,
+        )  # fmt: skip
+        assert grad_B.stride() == strides
+
+
 def test_expanded_operands():
     p = problem(dtypes=DTYPES["bf16"])
     p.leaves["x"], p.grad = p.leaves["x"][:1].expand(80, 33), p.grad[:1, :1].expand(80, 65)

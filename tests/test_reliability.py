@@ -103,6 +103,13 @@ print(psutil.Process().memory_info().rss - before)
     assert int(ran.stdout) < 40 * 2**20  # of the 240 MiB
 
 
+@pytest.mark.parametrize("strided", [False, True])
+def test_out_of_memory_is_said_to_be_that(strided):
+    gate = torch.zeros(1, 8).expand(2**46, 8)[:, :: 2 if strided else 1]
+    with pytest.raises(RuntimeError, match="Out of memory. peftfast tried to allocate"):
+        peftfast.ops.swiglu(gate, gate)
+
+
 def test_two_models_train_in_two_threads_as_each_does_alone():
     """Without dropout, whose seeds come from torch's one generator of the process."""
 

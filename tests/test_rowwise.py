@@ -140,6 +140,42 @@ def test_swiglu_of_strided_operands(dtype):
     assert_equal(expanded, plain)
 
 
+class WeightedSwiglu(torch.autograd.Function):
+    """weights * swiglu(halves of x), from the operators that layers of experts take."""
+
+    @staticmethod
+    def forward(ctx, x, weights, activation):
+        ctx.save_for_backward(x, weights)
+        ctx.activation = list(reference.ACTIVATIONS).index(activation)
+        return OPS.weighted_swiglu(x, weights, ctx.activation)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weights = ctx.saved_tensors
+        grad_x, none = OPS.weighted_swiglu_backward(grad, x, weights, ctx.activation, False)
+        again, grad_weights = OPS.weighted_swiglu_backward(grad, x, weights, ctx.activation, True)
+        assert torch.equal(grad_x, again) and none.shape == (0,)
+        return grad_x, grad_weights, None
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("shape", [(13, 40), (5, 1000), (1, 1), (0, 8)], ids=str)
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@by_dtype
+def test_weighted_swiglu(dtype, activation, shape):
+    both, grad = halves(shape, dtype)
+    weights = torch.randn(shape[0])
+
+    def eager(both, weights):
+        return gated(reference.swiglu, activation)(both) * weights.unsqueeze(1).to(both.dtype)
+
+    check(
+        results(lambda *leaves: WeightedSwiglu.apply(*leaves, activation), [both, weights], grad),
+        results(eager, [both, weights], grad),
+        results(eager, [both.double(), weights.double()], grad),
+    )
+
+
 @by_dtype
 def test_swiglu_gives_the_gradients_asked_for(dtype):
     both, grad = halves((9, 40), dtype)
@@ -504,6 +540,9 @@ def test_opcheck():
     for wanted in ((True, True), (False, True), (True, False)):
         opcheck(OPS.swiglu_backward.default, (grad, gate.detach(), up.detach(), 4, *wanted))
         opcheck(OPS.rms_norm_backward.default, (torch.randn_like(y), x, weight, rstd, 0.0, True, *wanted))
+    for wanted in (True, False):
+        opcheck(OPS.weighted_swiglu_backward.default, (grad, both.detach(), torch.randn(13), 4, wanted))
+    opcheck(OPS.weighted_swiglu.default, (both.detach(), torch.randn(13), 4))
     opcheck(OPS.cross_entropy.default, (*loss_problem((13, 40), torch.bfloat16), 0.5, 3.0, True))
 
 
@@ -516,6 +555,10 @@ def test_opcheck():
         lambda t: OPS.swiglu(t, t, 6),
         lambda t: OPS.swiglu(t[0], t[0], 4),
         lambda t: OPS.swiglu_backward(t[:-1], t, t, 4, True, True),
+        lambda t: OPS.weighted_swiglu(t, t[1:, 0].clone(), 4),
+        lambda t: OPS.weighted_swiglu(t, t[:, 0], 4),
+        lambda t: OPS.weighted_swiglu(t[:, 1:], t[:, 0].clone(), 4),
+        lambda t: OPS.weighted_swiglu_backward(t, t, t[:, 0].clone(), 4, True),
         lambda t: OPS.rms_norm(t, t[0, 1:], 1e-6, 0.0, True),
         lambda t: OPS.rms_norm(t[0], t[0], 1e-6, 0.0, True),
         lambda t: OPS.rms_norm_backward(t, t, t[0], t[1:, 0], 0.0, True, True, True),

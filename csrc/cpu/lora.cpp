@@ -194,6 +194,38 @@ LinearArgs product(const Group& g, const BaseWeight& W, int64_t P, int64_t Q, bo
           .first_row = g.first};
 }
 
+bool slots_lie_beside_each_other(const LoraLinearArgs& args) {
+  const LoraAdapter* last = args.adapters + args.adapter_count;
+  return args.adapter_count > 0 &&
+         std::all_of(args.adapters, last, [](auto& a) { return a.slots > 1 && a.grad_B_strides[0] == 1; });
+}
+
+// grad_B of all slots, [N, rank, slots] in memory, from D [slots, R, N] with so many values to a slot.
+void write_slots_beside_each_other(std::span<const LoraAdapter> adapters, const float* D, int64_t slot_size, int64_t N,
+                                   const Threads& threads) {
+  constexpr int64_t at_once = 16;
+  parallel_for(threads, (N + at_once - 1) / at_once, [&](int64_t begin, int64_t end) {
+    thread_local Scratch scratch;
+    float* buffer = scratch.floats(at_once * adapters[0].slots);
+    for (int64_t n = begin * at_once; n < std::min(end * at_once, N); n += at_once) {
+      const int64_t count = std::min(at_once, N - n);
+      const float* source = D + n;
+      for (const LoraAdapter& a : adapters)
+        for (int64_t rank = 0; rank < a.rank; ++rank, source += N) {
+          if (a.grad_B == nullptr) continue;
+          const auto [of_slot, of_n, of_rank] = a.grad_B_strides;
+          char* out = static_cast<char*>(a.grad_B) + (n * of_n + rank * of_rank) * size_of(a.dtype);
+          float* lines[at_once];
+          for (int64_t i = 0; i < count; ++i)
+            lines[i] = a.dtype == DType::f32 ? reinterpret_cast<float*>(out) + i * of_n : buffer + i * a.slots;
+          table().transpose[static_cast<int>(DType::f32)]({source, slot_size, count, lines}, 0, a.slots);
+          for (int64_t i = 0; i < count && a.dtype != DType::f32; ++i)
+            write_columns(lines[i], a.slots, 1, a.slots, a.dtype, false, out + i * of_n * size_of(a.dtype), 0, a.slots);
+        }
+    }
+  });
+}
+
 }  // namespace
 
 void lora_linear(const LoraLinearArgs& args, const Threads& threads) {
@@ -270,7 +302,11 @@ void lora_linear_backward(const LoraLinearBackwardArgs& backward, const Threads&
   }
 
   // grad_A = V^T dropout(X) and grad_B = G^T U of each slot, over the rows of all groups that use it.
+  const bool beside = slots_lie_beside_each_other(args);
   const auto gradients = [&](const float* factor, const void* rows, int64_t ld, int64_t P, bool of_A) {
+    thread_local Scratch scratch_D;
+    const int64_t slot_size = R * P + 16;  // lines of slots a power of two apart would share a set of the caches
+    float* D = !of_A && beside ? scratch_D.floats(first->slots * slot_size) : nullptr;
     std::vector<OuterArgs> outers;
     std::vector<int64_t> slots;  // of each of them
     for (const int64_t slot : adapters.slots()) {
@@ -284,11 +320,19 @@ void lora_linear_backward(const LoraLinearBackwardArgs& backward, const Threads&
                           .M = g.M,
                           .P = P,
                           .dropout = of_A ? adapters.dropout() : adapters.no_dropout(),
+                          .D = D ? D + slot * slot_size : nullptr,
                           .first_row = g.first,
                           .accumulate = accumulate});
         slots.push_back(slot);
         accumulate = true;
       }
+    }
+    if (D != nullptr) {
+      for (int64_t slot = 0; slot < first->slots; ++slot)
+        if (!adapters.uses(slot)) std::fill_n(D + slot * slot_size, R * P, 0.0f);
+      outer(outers, args.dtype, threads);
+      write_slots_beside_each_other({first, last}, D, slot_size, P, threads);
+      return;
     }
     const auto gradient_of = [&](const LoraAdapter& a, int64_t slot) {
       char* out = static_cast<char*>(of_A ? a.grad_A : a.grad_B);

@@ -32,7 +32,7 @@ struct Share {
 // fast. An item belongs to the part in which its cost begins.
 template <class Body>
 void parallel_for_each(const Threads& threads, const std::vector<Share>& shares, Body body) {
-  constexpr int64_t parts_of_thread = 8;
+  constexpr int64_t parts_of_thread = 32;
   int64_t total = 0;
   for (const Share& share : shares) total += share.count * share.cost;
   const int64_t parts = threads.count > 1 ? parts_of_thread * threads.count : 1;

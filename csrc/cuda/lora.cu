@@ -34,7 +34,7 @@ struct Adapters {
       add(A, a->A, a->rank * args.K, args.K, 1);
       add(grad_A, a->grad_A, a->rank * args.K, args.K, 1);
       add(B, a->B, a->B_strides[0], a->B_strides[2], a->B_strides[1]);
-      add(grad_B, a->grad_B, a->rank * args.N, 1, a->rank);
+      add(grad_B, a->grad_B, a->grad_B_strides[0], a->grad_B_strides[2], a->grad_B_strides[1]);
       ranks.R += a->rank, ranks.tile_count += static_cast<int>(ceil_div(a->rank, rank_tile));
       dropout |= a->dropout > 0, any_A |= a->grad_A != nullptr, any_B |= a->grad_B != nullptr;
     }

@@ -1,7 +1,8 @@
 // Forward and backward of swiglu and rms_norm, and cross_entropy. All are bound by memory: 16 bytes at a time where
 // rows allow it, each operand once (that of a norm and the logits twice), fp32 between.
 //
-//   swiglu         threads over the elements of a row, blocks over rows and pieces of them
+//   swiglu         threads over the elements of a row, blocks over rows and pieces of them; with a sum over each row,
+//                  blocks over rows
 //   rms_norm       a row per block, or per warp where rows are short
 //   weight         threads over columns, blocks over stretches of rows, whose sums a second launch adds up in order
 //   cross_entropy  a row per block
@@ -92,6 +93,24 @@ bool fills_words(int64_t columns, int64_t width, const Operand (&operands)[count
   return all;
 }
 
+// ---- sums over a row ----------------------------------------------------------------------------------------------
+
+// What the threads of a row, a warp or the whole block, have together. `of_warps` serves one call.
+template <class Join>
+__device__ __forceinline__ float over_row(float x, int row_threads, float* of_warps, Join join) {
+  for (int bits = lanes / 2; bits > 0; bits /= 2) x = join(x, __shfl_xor_sync(whole_warp, x, bits));
+  if (row_threads == lanes) return x;
+  if (threadIdx.x % lanes == 0) of_warps[threadIdx.x / lanes] = x;
+  __syncthreads();
+  x = of_warps[0];
+  for (int warp = 1; warp < threads / lanes; ++warp) x = join(x, of_warps[warp]);
+  return x;
+}
+
+__device__ __forceinline__ float sum_over_row(float x, int row_threads, float* of_warps) {
+  return over_row(x, row_threads, of_warps, [](float a, float b) { return a + b; });
+}
+
 // ---- swiglu ------------------------------------------------------------------------------------------------------
 
 struct Activated {
@@ -136,7 +155,9 @@ __device__ __forceinline__ Activated activated(Activation activation, float z) {
 template <class T, bool in_words, bool backward>
 __global__ void __launch_bounds__(threads) swiglu_kernel(SwigluArgs args) {
   constexpr int width = width_of<T>;
-  for (int64_t m = blockIdx.x; m < args.M; m += gridDim.x)
+  for (int64_t m = blockIdx.x; m < args.M; m += gridDim.x) {
+    const float weight = args.weights ? args.weights[m] : 1.0f;
+    float product = 0;
     for (int64_t i = (blockIdx.y * int64_t{threads} + threadIdx.x) * width; i < args.I;
          i += int64_t{threads} * gridDim.y * width) {
       float gate[width], up[width], G[width], first[width], second[width];
@@ -146,18 +167,29 @@ __global__ void __launch_bounds__(threads) swiglu_kernel(SwigluArgs args) {
 #pragma unroll
       for (int j = 0; j < width; ++j) {
         const Activated act = activated(args.activation, gate[j]);
-        if constexpr (backward)
-          first[j] = G[j] * up[j] * act.slope, second[j] = G[j] * act.value;
-        else
-          first[j] = act.value * up[j];
+        if constexpr (backward) {
+          const float g = weight * G[j];
+          first[j] = g * up[j] * act.slope, second[j] = g * act.value;
+          product = fmaf(G[j], act.value * up[j], product);
+        } else {
+          first[j] = weight * (act.value * up[j]);
+        }
       }
       if constexpr (backward) {
-        if (args.grad_gate) store<in_words>(static_cast<T*>(args.grad_gate) + m * args.I + i, args.I - i, first);
-        if (args.grad_up) store<in_words>(static_cast<T*>(args.grad_up) + m * args.I + i, args.I - i, second);
+        if (args.grad_gate) store<in_words>(static_cast<T*>(args.grad_gate) + m * args.ld_grad + i, args.I - i, first);
+        if (args.grad_up) store<in_words>(static_cast<T*>(args.grad_up) + m * args.ld_grad + i, args.I - i, second);
       } else {
         store<in_words>(static_cast<T*>(args.Y) + m * args.I + i, args.I - i, first);
       }
     }
+    if constexpr (backward) {
+      if (args.grad_weights) {
+        const float sum = sum_over_row(product, threads, shared_memory<float>());
+        if (threadIdx.x == 0) args.grad_weights[m] = sum;
+        __syncthreads();  // what was shared serves the next row
+      }
+    }
+  }
 }
 
 template <bool backward>
@@ -168,33 +200,18 @@ void launch_swiglu(const char* name, const SwigluArgs& args, const Stream& strea
                                   {args.up, args.ld_up, size},
                                   {args.G, args.ldg, size},
                                   {args.Y, args.I, size},
-                                  {args.grad_gate, args.I, size},
-                                  {args.grad_up, args.I, size}});
+                                  {args.grad_gate, args.ld_grad, size},
+                                  {args.grad_up, args.ld_grad, size}});
   with_type(args.dtype, words, [&](auto zero, auto in_words) {
     constexpr int64_t most_rows = 1 << 16, most_pieces = (1 << 16) - 1;
-    const dim3 grid{static_cast<unsigned>(args.M < most_rows ? args.M : most_rows),
-                    static_cast<unsigned>(std::min(most_pieces, ceil_div(args.I, threads * 16 / size))), 1};
-    launch(name, swiglu_kernel<decltype(zero), in_words.value, backward>, grid, threads, 0, stream, args);
+    const int64_t pieces = args.grad_weights ? 1 : std::min(most_pieces, ceil_div(args.I, threads * 16 / size));
+    const dim3 grid{static_cast<unsigned>(args.M < most_rows ? args.M : most_rows), static_cast<unsigned>(pieces), 1};
+    launch(name, swiglu_kernel<decltype(zero), in_words.value, backward>, grid, threads,
+           args.grad_weights ? threads / lanes * sizeof(float) : 0, stream, args);
   });
 }
 
 // ---- rms_norm ----------------------------------------------------------------------------------------------------
-
-// What the threads of a row, a warp or the whole block, have together. `of_warps` serves one call.
-template <class Join>
-__device__ __forceinline__ float over_row(float x, int row_threads, float* of_warps, Join join) {
-  for (int bits = lanes / 2; bits > 0; bits /= 2) x = join(x, __shfl_xor_sync(whole_warp, x, bits));
-  if (row_threads == lanes) return x;
-  if (threadIdx.x % lanes == 0) of_warps[threadIdx.x / lanes] = x;
-  __syncthreads();
-  x = of_warps[0];
-  for (int warp = 1; warp < threads / lanes; ++warp) x = join(x, of_warps[warp]);
-  return x;
-}
-
-__device__ __forceinline__ float sum_over_row(float x, int row_threads, float* of_warps) {
-  return over_row(x, row_threads, of_warps, [](float a, float b) { return a + b; });
-}
 
 // 1 / sqrt(x), and a step of Newton's: rounded once.
 __device__ __forceinline__ float reciprocal_root(float x) {

@@ -124,15 +124,20 @@ inline std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> backward(
   std::vector<Tensor> grad_A, grad_B;
   for (size_t i = 0; i < count; ++i) {
     LoraAdapter& a = adapters.plain[i];
-    const auto room = [&](bool wanted, int64_t rows, int64_t columns, void*& out) {
+    const auto room = [&](bool wanted, int64_t rows, int64_t columns, void*& out, const int64_t* strides) {
       const ScalarType type = adapters.A[i].scalar_type();
-      Tensor grad = adapters.stacked ? empty({wanted ? a.slots : 0, rows, columns}, type)
+      Tensor grad = adapters.stacked ? empty({wanted ? a.slots : 0, rows, columns}, type, strides)
                                      : empty({wanted ? rows : 0, columns}, type);
       if (wanted) out = grad.mutable_data_ptr();
       return grad;
     };
-    grad_A.push_back(room(want_A[i], a.rank, K, a.grad_A));
-    grad_B.push_back(room(want_B[i], N, a.rank, a.grad_B));
+    // PEFT keeps B of experts as [N, rank, slots]: a gradient in another order would be copied into that one.
+    const auto [of_slot, of_n, of_rank] = a.B_strides;
+    const bool as_B = a.slots > 1 && of_slot == 1 && of_rank == a.slots && of_n == a.rank * a.slots;
+    const int64_t contiguous[3] = {N * a.rank, a.rank, 1};
+    std::copy_n(as_B ? a.B_strides : contiguous, 3, a.grad_B_strides);
+    grad_A.push_back(room(want_A[i], a.rank, K, a.grad_A, nullptr));
+    grad_B.push_back(room(want_B[i], N, a.rank, a.grad_B, as_B ? a.grad_B_strides : nullptr));
   }
   const bool any_A = std::find(want_A.begin(), want_A.end(), true) != want_A.end();
   const Tensor G = with_contiguous_rows(grad_y), X = any_A ? with_contiguous_rows(x) : x;

@@ -12,9 +12,7 @@ void check_vectors(const Tensor& t, const char* name, int64_t batch, int64_t hea
 }
 
 // The tensor itself when its vectors are contiguous, else a contiguous copy.
-Tensor with_contiguous_vectors(const Tensor& t) {
-  return t.size(3) <= 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
-}
+Tensor with_contiguous_vectors(const Tensor& t) { return t.size(3) <= 1 || t.stride(3) == 1 ? t : contiguous_copy(t); }
 
 Vectors vectors(const Tensor& t) {
   return {.data = t.const_data_ptr(), .batch = t.stride(0), .head = t.stride(1), .row = t.stride(2)};

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -58,23 +59,35 @@ inline void check_dtype(const Tensor& t, const char* name, ScalarType wanted, co
 }
 
 // torch's `empty` through the C interface: the stable header's own goes through the dispatcher and costs microseconds.
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  int64_t strides[4], stride = 1;
-  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(1, sizes.begin()[i])) strides[i] = stride;
+// Without strides it is contiguous.
+inline Tensor empty(std::span<const int64_t> sizes, ScalarType dtype, const int64_t* strides = nullptr) {
+  int64_t contiguous[4], count = 1;
+  for (size_t i = sizes.size(); i-- > 0; count *= std::max<int64_t>(1, sizes[i])) contiguous[i] = count;
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type(), device_index(), &handle));
+  // The interface does not say what went wrong, and with these arguments nothing else can.
+  const AOTITorchError error = aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides ? strides : contiguous,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type(), device_index(), &handle);
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, out_of_memory, " peftfast tried to allocate ", count, " elements.");
   return Tensor(handle);
 }
 
-inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const int64_t* strides = nullptr) {
+  return empty(std::span(sizes.begin(), sizes.size()), dtype, strides);
+}
+
+inline Tensor contiguous_copy(const Tensor& t) {
+  Tensor copy = empty(std::span(t.sizes().data(), t.sizes().size()), t.scalar_type());
+  return torch::stable::copy_(copy, t);
+}
+
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : contiguous_copy(t); }
 
 // The tensor itself when its rows are contiguous (rows may lie apart), else a contiguous copy.
 inline Tensor with_contiguous_rows(const Tensor& t) {
   const bool contiguous = t.size(1) <= 1 || t.stride(1) == 1;
   const bool apart = t.size(0) <= 1 || t.stride(0) >= t.size(1);
-  return contiguous && apart ? t : torch::stable::contiguous(t);
+  return contiguous && apart ? t : contiguous_copy(t);
 }
 
 // Elements between the starts of rows; what the stride of a single row says does not matter.

@@ -34,6 +34,7 @@ inline Threads torch_threads() {
 namespace kernels = cuda;
 #define PEFTFAST_DISPATCH_KEY CUDA
 constexpr const char* the_device = "on the device of the first argument";
+constexpr const char* out_of_memory = "CUDA out of memory.";  // in torch's words, by which others know it
 constexpr bool host_reads_tensors = false;
 inline int32_t device_type() { return aoti_torch_device_type_cuda(); }
 inline int32_t device_index() { return torch::stable::accelerator::getCurrentDeviceIndex(); }
@@ -49,9 +50,8 @@ class Host {
     STD_TORCH_CHECK(error == cudaSuccess, "peftfast cannot use the GPU: ", cudaGetErrorString(error), ".");
     stream_.allocate = [](uint64_t bytes) {
       void* data = nullptr;
-      // In torch's words, by which others know it.
-      STD_TORCH_CHECK(aoti_torch_cuda_caching_allocator_raw_alloc(bytes, &data) == AOTI_TORCH_SUCCESS,
-                      "CUDA out of memory. peftfast tried to allocate ", bytes, " bytes.");
+      STD_TORCH_CHECK(aoti_torch_cuda_caching_allocator_raw_alloc(bytes, &data) == AOTI_TORCH_SUCCESS, out_of_memory,
+                      " peftfast tried to allocate ", bytes, " bytes.");
       return data;
     };
     stream_.release = [](void* data) { aoti_torch_cuda_caching_allocator_raw_delete(data); };
@@ -72,6 +72,7 @@ class Host {
 
 #define PEFTFAST_DISPATCH_KEY CPU
 constexpr const char* the_device = "on the CPU";
+constexpr const char* out_of_memory = "Out of memory.";
 constexpr bool host_reads_tensors = true;
 inline int32_t device_type() { return aoti_torch_device_type_cpu(); }
 inline int32_t device_index() { return 0; }

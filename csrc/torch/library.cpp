@@ -67,6 +67,9 @@ STABLE_TORCH_LIBRARY(peftfast, library) {
   def("swiglu(Tensor gate, Tensor up, int activation) -> Tensor");
   def("swiglu_backward(Tensor grad_y, Tensor gate, Tensor up, int activation, bool want_gate, bool want_up) "
       "-> (Tensor grad_gate, Tensor grad_up)");
+  def("weighted_swiglu(Tensor x, Tensor weights, int activation) -> Tensor");
+  def("weighted_swiglu_backward(Tensor grad_y, Tensor x, Tensor weights, int activation, bool want_weights) "
+      "-> (Tensor grad_x, Tensor grad_weights)");
   def("rms_norm(Tensor x, Tensor? weight, float eps, float offset, bool cast_first) -> (Tensor y, Tensor rstd)");
   def("rms_norm_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor rstd, float offset, bool cast_first, "
       "bool want_x, bool want_weight) -> (Tensor grad_x, Tensor grad_weight)");

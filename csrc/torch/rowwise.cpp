@@ -59,11 +59,57 @@ std::tuple<Tensor, Tensor> swiglu_backward_op(const Tensor& grad_y, const Tensor
   const Tensor G = with_contiguous_rows(grad_y);
   Tensor grad_gate = empty({want_gate ? args.M : 0, args.I}, gate.scalar_type());
   Tensor grad_up = empty({want_up ? args.M : 0, args.I}, gate.scalar_type());
-  args.G = G.const_data_ptr(), args.ldg = leading_dimension(G);
+  args.G = G.const_data_ptr(), args.ldg = leading_dimension(G), args.ld_grad = args.I;
   if (want_gate) args.grad_gate = grad_gate.mutable_data_ptr();
   if (want_up) args.grad_up = grad_up.mutable_data_ptr();
   kernels::swiglu_backward(args, host);
   return {grad_gate, grad_up};
+}
+
+// The halves of x [M, 2 I] as gate and up, with weights [M] fp32.
+struct WeightedSwiglu : Swiglu {
+  WeightedSwiglu(const Tensor& x, const Tensor& weights, int64_t activation)
+      : Swiglu(half_of(x, 0), half_of(x, 1), activation) {
+    check_shape(weights, "weights", {plain.M});
+    STD_TORCH_CHECK(weights.is_contiguous() && weights.scalar_type() == ScalarType::Float,
+                    "weights must be contiguous float32 values.");
+    plain.weights = static_cast<const float*>(weights.const_data_ptr());
+  }
+
+ private:
+  static Tensor half_of(Tensor x, int64_t which) {
+    STD_TORCH_CHECK(x.dim() == 2 && x.size(1) % 2 == 0, "x must have 2 dimensions, and columns in two halves.");
+    return torch::stable::narrow(x, 1, which * (x.size(1) / 2), x.size(1) / 2);
+  }
+};
+
+// x [M, 2 I], weights [M] -> y [M, I]
+Tensor weighted_swiglu_op(const Tensor& x, const Tensor& weights, int64_t activation) {
+  const Host host(x);
+  WeightedSwiglu swiglu(x, weights, activation);
+  Tensor y = empty({swiglu.plain.M, swiglu.plain.I}, x.scalar_type());
+  swiglu.plain.Y = y.mutable_data_ptr();
+  kernels::swiglu(swiglu.plain, host);
+  return y;
+}
+
+// grad_y [M, I] -> (grad_x [M, 2 I], grad_weights [M] fp32 or, not wanted, [0])
+std::tuple<Tensor, Tensor> weighted_swiglu_backward_op(const Tensor& grad_y, const Tensor& x, const Tensor& weights,
+                                                       int64_t activation, bool want_weights) {
+  const Host host(x);
+  WeightedSwiglu swiglu(x, weights, activation);
+  SwigluArgs& args = swiglu.plain;
+  check_matrix(grad_y, "grad_y", args.M, args.I);
+  check_dtype(grad_y, "grad_y", x.scalar_type(), "x");
+  const Tensor G = with_contiguous_rows(grad_y);
+  Tensor grad_x = empty({args.M, 2 * args.I}, x.scalar_type());
+  Tensor grad_weights = empty({want_weights ? args.M : 0}, ScalarType::Float);
+  args.G = G.const_data_ptr(), args.ldg = leading_dimension(G), args.ld_grad = 2 * args.I;
+  args.grad_gate = grad_x.mutable_data_ptr();
+  args.grad_up = static_cast<char*>(args.grad_gate) + args.I * static_cast<int64_t>(grad_x.element_size());
+  if (want_weights) args.grad_weights = static_cast<float*>(grad_weights.mutable_data_ptr());
+  kernels::swiglu_backward(args, host);
+  return {grad_x, grad_weights};
 }
 
 struct RmsNorm {
@@ -171,6 +217,8 @@ Tensor cross_entropy_op(const Tensor& logits, const Tensor& targets, const Tenso
 void register_rowwise(torch::stable::detail::StableLibrary& library) {
   library.impl("swiglu", TORCH_BOX(&swiglu_op));
   library.impl("swiglu_backward", TORCH_BOX(&swiglu_backward_op));
+  library.impl("weighted_swiglu", TORCH_BOX(&weighted_swiglu_op));
+  library.impl("weighted_swiglu_backward", TORCH_BOX(&weighted_swiglu_backward_op));
   library.impl("rms_norm", TORCH_BOX(&rms_norm_op));
   library.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward_op));
   library.impl("cross_entropy", TORCH_BOX(&cross_entropy_op));

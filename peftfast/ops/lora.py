@@ -182,6 +182,8 @@ def check_adapters(x, lora_A, lora_B, scaling, dropout, seed, outputs: int, inpu
         if B.shape != (outputs, A.shape[0]):
             raise ValueError(f"lora_B[{i}] has shape {list(B.shape)}, expected [{outputs}, {A.shape[0]}].")
         check_scaling(s, f"scaling[{i}]")
+        if isinstance(s, Tensor) and s.device != x.device:
+            raise ValueError(f"scaling[{i}] is on {s.device}, but x is on {x.device}.")
         check_dropout(p, f"dropout[{i}]")
     check_seed(seed)
 

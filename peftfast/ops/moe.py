@@ -19,7 +19,7 @@ from peftfast.ops.lora import (
     name_of,
     refuse_second_derivative,
 )  # fmt: skip
-from peftfast.ops.rowwise import NUMBERS, SWIGLU, SWIGLU_BACKWARD, call_swiglu
+from peftfast.ops.rowwise import NUMBERS, SWIGLU, WEIGHTED_SWIGLU, WEIGHTED_SWIGLU_BACKWARD, call_swiglu
 from peftfast.reference import FourBitWeight
 
 FORWARD = torch.ops.peftfast.grouped_linear.default
@@ -272,27 +272,35 @@ class _CombinedLinear(torch.autograd.Function):
             ctx.saved_tensors
         )
         format, transposed, scaling, dropout, compute, activation, weights_dtype = ctx.settings
-        a = _gated(x, activation)
-        each = torch.arange(len(rows), device=x.device).unsqueeze(1)
-        weight = weights.new_zeros(len(rows), 1)
-        weight[places] = weights.unsqueeze(2)
+        weight = weights.new_zeros(len(rows))
+        weight[places] = weights
         # Of rows with the gradient g and the weight w, w stands beside a and u rather than g: the gradients of A and B
         # are the same, and that of a is W^T g.
+        if want_A:
+            weighted_a = _weighted(x, weight, activation, offsets, slots)
+        else:  # it is asked for its shape
+            weighted_a = x if activation is None else x.chunk(2, dim=1)[0]
         grad_a, grads[1], grads[2] = BACKWARD(
-            grad_y.index_select(0, rows), _scale(a, weight, each, offsets, slots) if want_A else a, *parts, *format,
-            transposed, offsets, experts, slots, lora_A, lora_B, u * weight, scaling, dropout, seed, compute,
-            want_x or want_weights, want_A, want_B,
+            grad_y.index_select(0, rows), weighted_a, *parts, *format,
+            transposed, offsets, experts, slots, lora_A, lora_B, u * weight.unsqueeze(1), scaling, dropout, seed,
+            compute, want_x or want_weights, want_A, want_B,
         )  # fmt: skip
+        del weighted_a
         if want_x or want_weights:
-            grads[0], grad_weight = COMBINE_BACKWARD(grad_a, a, weight, each, want_weights)
+            if activation is None:
+                each = torch.arange(len(rows), device=x.device).unsqueeze(1)
+                grads[0], grad_weight = COMBINE_BACKWARD(
+                    grad_a, x.contiguous(), weight.unsqueeze(1), each, want_weights
+                )
+                grad_weight = grad_weight.view(-1)
+            else:
+                grads[0], grad_weight = WEIGHTED_SWIGLU_BACKWARD(
+                    grad_a, x, weight, NUMBERS[activation], want_weights
+                )
         if want_weights:
             if bias is not None:
                 grad_weight += _products_with(bias, grad_y, offsets, experts, rows)
-            grads[3] = grad_weight[places].squeeze(2).to(weights_dtype)
-        if activation is not None and want_x:
-            del a, grad_a
-            halves = *x.chunk(2, dim=1), NUMBERS[activation]
-            grads[0] = torch.cat(SWIGLU_BACKWARD(grads[0], *halves, True, True), dim=1)
+            grads[3] = grad_weight[places].to(weights_dtype)
         return tuple(grad if want else None for grad, want in zip(grads, ctx.needs_input_grad))
 
 
@@ -301,10 +309,10 @@ def _gated(x: Tensor, activation: str | None) -> Tensor:
 
 
 def _products_with(bias: Tensor, grad: Tensor, offsets: Tensor, experts: Tensor, rows: Tensor) -> Tensor:
-    """[rows, 1] of grad[rows[i]] . bias[e], for the expert e that row i has, if it has one."""
+    """[rows] of grad[rows[i]] . bias[e], for the expert e that row i has, if it has one."""
     group, inside = _groups_of_rows(len(rows), offsets, experts)
     table = grad.float() @ bias.float().t()
-    return (table[rows, experts[group]] * inside).unsqueeze(1)
+    return table[rows, experts[group]] * inside
 
 
 def _groups_of_rows(count: int, offsets: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
@@ -334,15 +342,22 @@ def _gather(x: Tensor, rows: Tensor, offsets: Tensor, slots: Tensor) -> Tensor:
     return gathered
 
 
-def _scale(x: Tensor, weight: Tensor, each: Tensor, offsets: Tensor, slots: Tensor) -> Tensor:
-    """weight[i] * x[i], where only the rows of groups with an adapter need be there. each: 0, 1, ... as `places`."""
+def _weighted(x: Tensor, weight: Tensor, activation: str | None, offsets: Tensor, slots: Tensor) -> Tensor:
+    """weight[i] * `_gated(x)`[i], where only the rows of groups with an adapter need be there."""
+
+    def rows(part: slice) -> Tensor:
+        if activation is not None:
+            return WEIGHTED_SWIGLU(x[part], weight[part], NUMBERS[activation])
+        scale = weight[part].unsqueeze(1)
+        return COMBINE(x[part].contiguous(), scale, torch.arange(len(scale), device=x.device).unsqueeze(1))
+
     parts = _with_adapter(offsets, slots)
     if parts is None:
-        return COMBINE(x, weight, each)
-    scaled = torch.empty_like(x)
+        return rows(slice(None))
+    weighted = x.new_empty(x.shape[0], x.shape[1] // (1 if activation is None else 2))
     for part in parts:
-        scaled[part] = COMBINE(x[part], weight[part], each[: part.stop - part.start])
-    return scaled
+        weighted[part] = rows(part)
+    return weighted
 
 
 def _with_adapter(offsets: Tensor, slots: Tensor) -> list[slice] | None:
@@ -549,10 +564,12 @@ def _(
 ):  # fmt: skip
     slot_count, rank = (0, 0) if lora_A is None else lora_A.shape[:2]
     like = x.new_empty(0, dtype=torch.float32) if lora_A is None else lora_A
+    shape_B = slot_count if want_B else 0, grad_y.shape[1], rank
+    as_B = slot_count > 1 and lora_B.stride() == (1, rank * slot_count, slot_count)
     return (
         x.new_empty(x.shape[0] if want_x else 0, x.shape[1]),
         like.new_empty(slot_count if want_A else 0, rank, x.shape[1]),
-        like.new_empty(slot_count if want_B else 0, grad_y.shape[1], rank),
+        like.new_empty_strided(shape_B, lora_B.stride()) if as_B else like.new_empty(shape_B),
     )
 
 

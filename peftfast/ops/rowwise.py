@@ -18,6 +18,8 @@ from peftfast.reference import ACTIVATIONS
 
 SWIGLU = torch.ops.peftfast.swiglu.default
 SWIGLU_BACKWARD = torch.ops.peftfast.swiglu_backward.default
+WEIGHTED_SWIGLU = torch.ops.peftfast.weighted_swiglu.default
+WEIGHTED_SWIGLU_BACKWARD = torch.ops.peftfast.weighted_swiglu_backward.default
 RMS_NORM = torch.ops.peftfast.rms_norm.default
 RMS_NORM_BACKWARD = torch.ops.peftfast.rms_norm_backward.default
 NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
@@ -213,6 +215,16 @@ def _(grad_y, gate, up, activation, want_gate, want_up):
     return gate.new_empty(rows if want_gate else 0, features), gate.new_empty(
         rows if want_up else 0, features
     )
+
+
+@torch.library.register_fake("peftfast::weighted_swiglu")
+def _(x, weights, activation):
+    return x.new_empty(x.shape[0], x.shape[1] // 2)
+
+
+@torch.library.register_fake("peftfast::weighted_swiglu_backward")
+def _(grad_y, x, weights, activation, want_weights):
+    return x.new_empty(x.shape), weights.new_empty(x.shape[0] if want_weights else 0)
 
 
 @torch.library.register_fake("peftfast::rms_norm")

@@ -59,39 +59,69 @@ template <class S, class T>
 void swiglu(const SwigluArgs& args, int64_t begin, int64_t end) {
   with_activation(args.activation, [&](auto activation) {
     float of_gate[widened_at_once], of_up[widened_at_once];
-    for (int64_t m = begin; m < end; ++m)
+    for (int64_t m = begin; m < end; ++m) {
+      const float weight = args.weights ? args.weights[m] : 1.0f;
       for (int64_t i = 0; i < args.I; i += widened_at_once) {
         const int64_t count = std::min(widened_at_once, args.I - i);
         const float* __restrict gate = widened<S>(at<T>(args.gate, m * args.ld_gate + i), count, of_gate);
         const float* __restrict up = widened<S>(at<T>(args.up, m * args.ld_up + i), count, of_up);
         Narrowed<S, T> out(at<T>(args.Y, m * args.I + i));
         float* __restrict y = out.data();
-        for (int64_t j = 0; j < count; ++j) y[j] = activation.value(gate[j]) * up[j];
+        for (int64_t j = 0; j < count; ++j) y[j] = weight * (activation.value(gate[j]) * up[j]);
         out.store(count);
       }
+    }
   });
 }
+
+// The sum of values that come in blocks: lanes in fp32 within a block, in double across blocks.
+class SumOfBlocks {
+ public:
+  // x [widened_at_once] is overwritten; from `count` on it is not read.
+  PEFTFAST_INLINE void add(float* x, int64_t count) {
+    std::fill(x + count, x + widened_at_once, 0.0f);
+    for (int64_t width = widened_at_once / 2; width >= lanes; width /= 2)
+      for (int64_t j = 0; j < width; ++j) x[j] += x[j + width];
+    for (int64_t j = 0; j < lanes; ++j) parts_[j] += static_cast<double>(x[j]);
+  }
+  PEFTFAST_INLINE double total() const {
+    double total = 0;
+    for (const double part : parts_) total += part;
+    return total;
+  }
+
+ private:
+  static constexpr int64_t lanes = 16;
+  double parts_[lanes] = {};
+};
 
 template <class S, class T>
 void swiglu_backward(const SwigluArgs& args, int64_t begin, int64_t end) {
   with_activation(args.activation, [&](auto activation) {
-    float of_gate[widened_at_once], of_up[widened_at_once], of_G[widened_at_once];
-    for (int64_t m = begin; m < end; ++m)
+    float of_gate[widened_at_once], of_up[widened_at_once], of_G[widened_at_once], products[widened_at_once];
+    for (int64_t m = begin; m < end; ++m) {
+      const float weight = args.weights ? args.weights[m] : 1.0f;
+      SumOfBlocks of_products;
       for (int64_t i = 0; i < args.I; i += widened_at_once) {
         const int64_t count = std::min(widened_at_once, args.I - i);
         const float* __restrict gate = widened<S>(at<T>(args.gate, m * args.ld_gate + i), count, of_gate);
         const float* __restrict up = widened<S>(at<T>(args.up, m * args.ld_up + i), count, of_up);
         const float* __restrict G = widened<S>(at<T>(args.G, m * args.ldg + i), count, of_G);
-        Narrowed<S, T> of_grad_gate(at<T>(args.grad_gate, m * args.I + i));
-        Narrowed<S, T> of_grad_up(at<T>(args.grad_up, m * args.I + i));
+        Narrowed<S, T> of_grad_gate(at<T>(args.grad_gate, m * args.ld_grad + i));
+        Narrowed<S, T> of_grad_up(at<T>(args.grad_up, m * args.ld_grad + i));
         float* __restrict grad_gate = of_grad_gate.data();
         float* __restrict grad_up = of_grad_up.data();
         for (int64_t j = 0; j < count; ++j) {
-          grad_gate[j] = G[j] * up[j] * activation.slope(gate[j]);
-          grad_up[j] = G[j] * activation.value(gate[j]);
+          const float value = activation.value(gate[j]), g = weight * G[j];
+          grad_gate[j] = g * up[j] * activation.slope(gate[j]);
+          grad_up[j] = g * value;
+          products[j] = G[j] * (value * up[j]);
         }
         of_grad_gate.store(count), of_grad_up.store(count);
+        if (args.grad_weights != nullptr) of_products.add(products, count);
       }
+      if (args.grad_weights != nullptr) args.grad_weights[m] = static_cast<float>(of_products.total());
+    }
   });
 }
 
@@ -194,7 +224,6 @@ void rms_norm_backward(const RmsNormArgs& args, int64_t begin, int64_t end, floa
 
 template <class S, class T, bool capped>
 void cross_entropy_of(const CrossEntropyArgs& args, int64_t begin, int64_t end) {
-  constexpr int64_t lanes = 16;
   constexpr float lowest = -std::numeric_limits<float>::infinity();
   const float scale = args.scale, cap = args.cap, within = capped ? 1.0f / cap : 1.0f;
   const auto capped_value = [&](float z) { return capped ? cap * Tanh::value(within * z) : z; };
@@ -219,16 +248,12 @@ void cross_entropy_of(const CrossEntropyArgs& args, int64_t begin, int64_t end) 
     });
     const float largest = capped_value(*std::max_element(most, most + widened_at_once));
 
-    double part[lanes] = {};
+    SumOfBlocks of_powers;
     over_blocks([&](int64_t, int64_t count) {
       for (int64_t j = 0; j < count; ++j) z[j] = power(capped_value(z[j]) - largest);
-      std::fill(z + count, z + widened_at_once, 0.0f);
-      for (int64_t width = widened_at_once / 2; width >= lanes; width /= 2)
-        for (int64_t j = 0; j < width; ++j) z[j] += z[j + width];
-      for (int64_t j = 0; j < lanes; ++j) part[j] += static_cast<double>(z[j]);
+      of_powers.add(z, count);
     });
-    double total = 0;
-    for (const double sum : part) total += sum;
+    const double total = of_powers.total();
 
     const int64_t target = args.targets[m];
     const bool hit = target >= 0 && target < args.V;
