@@ -75,7 +75,7 @@ class Bitsandbytes4bit:
             return f"its base weight is a {type(weight).__name__}"
         if getattr(state, "packing_format_for_cpu", False):
             return "bitsandbytes has repacked its weight for inference"
-        packed, shape = weight.data, (base.out_features, base.in_features)
+        packed, shape = _bytes(weight), (base.out_features, base.in_features)
         if packed.device.type not in KERNEL_DEVICES:
             return f"there is no kernel for {packed.device.type} yet"
         if tuple(state.shape) != shape:
@@ -98,7 +98,7 @@ class Bitsandbytes4bit:
         return None
 
     def device(self, base: Linear4bit) -> torch.device:
-        return base.weight.data.device
+        return _bytes(base.weight).device
 
     def in_features(self, base: Linear4bit) -> int:
         return base.in_features
@@ -126,13 +126,19 @@ def _state(base: Linear4bit) -> QuantState | None:
     return base.quant_state if state is None else state
 
 
+def _bytes(weight: Params4bit) -> Tensor:
+    """The packed weight as a plain tensor, past what the class does to every access of an attribute."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return weight.data
+
+
 def _weight(weight: Params4bit) -> FourBitWeight:
     state, nested = weight.quant_state, None
     if state.nested:
         inner = state.state2
         nested = NestedAbsmax(inner.absmax, inner.code, state.offset, inner.blocksize)
     return FourBitWeight(
-        weight.data, state.absmax, state.shape, state.dtype, state.quant_type, state.blocksize, nested
+        _bytes(weight), state.absmax, state.shape, state.dtype, state.quant_type, state.blocksize, nested
     )
 
 
