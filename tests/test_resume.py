@@ -11,12 +11,14 @@ import signal
 import socket
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 from test_cli import model_folder, moe_folder, refusal, run, tokenizer, write_jsonl  # noqa: F401
-from transformers import Trainer, TrainerControl, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 import peftfast
 from peftfast.cli import main, trainer
@@ -555,6 +557,77 @@ def test_optimizers_of_torch_train(settings, optimizer, monkeypatch):
     assert result.losses[-1][1] != result.losses[0][1]
 
 
+def test_steps_are_told_by_the_epoch(settings, tmp_path, monkeypatch):
+    """Of five to an epoch: 18 examples by 4."""
+    result = train(settings("evaluated", evals_per_epoch=2))
+    assert [entry["step"] for entry in result.log if "eval_loss" in entry] == [3, 6, 9, 10]
+    arguments = training_arguments(settings(evals_per_epoch=9, saves_per_epoch=1), tmp_path, 18)
+    assert (arguments.eval_steps, arguments.save_steps) == (1, 5)
+    checkpoints = interrupted(settings, monkeypatch, save_steps=None, saves_per_epoch=2)
+    assert checkpoints.newest().step == 6
+    assert train(settings(resume=True)).losses == result.losses
+
+
+def test_steps_of_warmup_override_their_share(settings, tmp_path):
+    for steps, taken in (None, 5), (4, 4), (0, 0):
+        told = settings(warmup_ratio=0.5, warmup_steps=steps)
+        assert training_arguments(told, tmp_path, 18).warmup_steps == taken
+
+
+def test_attention_is_what_is_told(settings, monkeypatch, capsys):
+    step, seen = FineTuner.training_step, []
+
+    def watched(self, model, *args):
+        seen.append(model.config._attn_implementation)
+        return step(self, model, *args)
+
+    monkeypatch.setattr(FineTuner, "training_step", watched)
+    for told in ("eager", None):
+        train(settings(str(told), attn_implementation=told, max_steps=1, gradient_accumulation_steps=1))
+    assert seen == ["eager", "sdpa"]
+    monkeypatch.setattr("transformers.LlamaForCausalLM._supports_flex_attn", False)
+    assert (
+        "the model cannot be loaded with --attn-implementation flex_attention: LlamaForCausalLM"
+        in refusal(capsys, *arguments(settings(attn_implementation="flex_attention")))
+    )
+
+
+def test_the_log_is_reported_where_told(settings, tmp_path, monkeypatch):
+    seen = []
+
+    class Recorder(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            runs = Path(args.output_dir, "runs")
+            runs.mkdir()
+            (runs / "events").write_text("kept")
+
+        def on_log(self, args, state, control, logs, **kwargs):
+            seen.append(logs)
+
+    for name in ("one", "two"):
+        monkeypatch.setitem(INTEGRATION_TO_CALLBACK, name, Recorder if name == "one" else TrainerCallback)
+    result = train(settings(report_to="one, two"))
+    assert [logs["loss"] for logs in seen if "loss" in logs] == [loss for _, loss in result.losses]
+    runs = tmp_path / "out" / "runs"
+    assert (runs / "events").read_text() == "kept"
+    assert runs.stat().st_mode & 0o700 == 0o700  # else its owner could not enter it
+    assert training_arguments(settings(), tmp_path, 1).report_to == []
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ("nowhere", "--report-to nowhere: nowhere is not supported, only "),
+        ("none,wandb", "--report-to none: none is not supported, only "),
+        ("wandb", "--report-to wandb: WandbCallback requires wandb to be installed."),
+    ],
+)
+def test_what_cannot_be_reported_to_is_refused(settings, monkeypatch, capsys, told, message):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    monkeypatch.setattr(train_module, "load_model", None)
+    assert message in refusal(capsys, *arguments(settings(report_to=told)))
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_is_known_to_trainer(settings, tmp_path, optimizer):
     assert training_arguments(settings(optimizer=optimizer), tmp_path, 1).optim == optimizer
@@ -569,6 +642,7 @@ def test_optimizers_of_bitsandbytes_train_or_are_refused(settings, monkeypatch):
         return
     interrupted(settings, monkeypatch, optimizer="adamw_8bit")
     assert train(settings(resume=True, optimizer="adamw_8bit")).losses == whole.losses
+    assert train(settings("named", optimizer="adamw_bnb_8bit")).losses == whole.losses
 
 
 def test_what_bitsandbytes_cannot_do_is_a_sentence(settings, monkeypatch, capsys):
@@ -627,6 +701,18 @@ def test_gradients_are_clipped_and_weights_decay(settings, tmp_path):
         (dict(logging_steps=0), "--logging-steps is at least 1"),
         (dict(save_steps=0), "--save-steps is at least 1"),
         (dict(eval_steps=2, eval_share=0.0), "--eval-steps goes with held-out data"),
+        (dict(evals_per_epoch=2, eval_share=0.0), "--evals-per-epoch goes with held-out data"),
+        (dict(evals_per_epoch=0), "--evals-per-epoch is at least 1"),
+        (dict(saves_per_epoch=2, save_steps=2), "--save-steps and --saves-per-epoch exclude each other"),
+        (dict(warmup_steps=-1), "--warmup-steps is at least 0"),
+        (
+            dict(attn_implementation="fast"),
+            "--attn-implementation is one of eager, sdpa, flash_attention_2, ",
+        ),
+        (
+            dict(attn_implementation="flash_attention_3"),
+            "flash_attention_3 computes in 16 bits: it goes with --dtype bf16",
+        ),
         (
             dict(method="prefix", backend="peft", gradient_checkpointing=True),
             "PEFT cannot checkpoint a prefix",

@@ -34,8 +34,8 @@ KEPT = 2
 # Options in which a run and its continuation may differ; of the data it is the examples that must be the same, of a
 # batch their number in all processes.
 FREE = (
-    *("data", "eval_file", "out", "json", "overwrite", "save_steps", "resume"),
-    *("micro_batch_size", "gradient_accumulation_steps", "activation_offloading"),
+    *("data", "eval_file", "out", "json", "overwrite", "save_steps", "saves_per_epoch", "resume"),
+    *("report_to", "micro_batch_size", "gradient_accumulation_steps", "activation_offloading"),
 )
 
 
