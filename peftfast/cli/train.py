@@ -39,7 +39,7 @@ from peftfast.cli.errors import UserError
 from peftfast.cli.experts import experts_of
 from peftfast.cli.load import describe, expert_load, recorded
 from peftfast.cli.model import is_local_model, load_model, load_tokenizer, return_freed_memory
-from peftfast.cli.processes import check_launch, joined, together
+from peftfast.cli.processes import check_launch, joined, rank, together
 from peftfast.cli.records import check_raw_text, read_records
 from peftfast.cli.settings import BITSANDBYTES_OPTIMIZERS, DTYPES, TrainSettings, option
 
@@ -612,17 +612,21 @@ def command(context: Context, config: Path | None = None, **options) -> None:
     chosen experts."""
     # What one library tells another about its next version is no news to the user.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    told = read_config(config) if config else {}
-    told |= {
+    given = {
         name: value for name, value in options.items() if context.get_parameter_source(name).name != "DEFAULT"
     }
+    told, unused = read_config(config, given.get("model")) if config else ({}, [])
+    told |= given
     for field in dataclasses.fields(TrainSettings):
         if field.default is dataclasses.MISSING and field.name not in told:
             raise UserError(
                 f"Missing option '{option(field.name)}'{f', or {field.name} in {config}' if config else ''}."
             )
-    console = Console()
-    result = train(TrainSettings(**told), console)
+    settings = TrainSettings(**told)
+    console = Console(quiet=rank() != 0)
+    if unused:
+        console.print(f"These keys change nothing here: {', '.join(unused)}.", highlight=False)
+    result = train(settings, console)
     if result is not None:
         show(result, console)
         if not Path(result.settings["out"], PICTURE_FILE).exists():
