@@ -29,7 +29,7 @@ from peftfast.cli.errors import UserError
 from peftfast.cli.model import load_model
 from peftfast.cli.records import read_records
 from peftfast.cli.settings import TrainSettings
-from peftfast.cli.train import RESULT_FILE, train
+from peftfast.cli.train import ANSWERS_FILE, RESULT_FILE, train
 from peftfast.demo.pretrain import END_OF_TEXT, PADDING, build_tokenizer
 
 PAIRS = [
@@ -464,6 +464,35 @@ def test_a_run_holds_out_a_split(model_folder, tmp_path):
     options = dict(model=str(model_folder), data=tmp_path / "data", out=tmp_path / "out", max_steps=1)
     result = train(TrainSettings(**options, eval_split="test"))
     assert (result.examples, result.held_out_examples) == (6, 2)
+
+
+def test_a_data_set_of_the_hub_is_trained_on(model_folder, tmp_path, monkeypatch):
+    """By its name, subset and splits, which `datasets` is asked for."""
+    splits = {
+        "half": [pair | {"number": 3} for pair in PAIRS],
+        "rest": [{"prompt": "rs=", "completion": "RS"}],
+    }
+    asked = []
+
+    def load_dataset(*args, split, **kwargs):
+        asked.append((args, split, kwargs))
+        return Dataset.from_list(splits[split])
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    path = config(
+        tmp_path,
+        f"model: {model_folder}\nout: {tmp_path / 'out'}\nepochs: 1\neval_split: rest\n"
+        "datasets: [{path: someone/set, name: main, split: half, type: prompt}]",
+    )
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", str(path)])
+    assert not stopped.value.code
+    assert asked == [(("someone/set", "main"), "half", {}), (("someone/set", "main"), "rest", {})]
+    result = json.loads((tmp_path / "out" / RESULT_FILE).read_text())
+    assert (result["examples"], result["held_out_examples"]) == (6, 1)
+    assert result["tokens"] == sum(2 * len(pair["completion"]) + 2 for pair in PAIRS)
+    [answer] = (tmp_path / "out" / ANSWERS_FILE).read_text().splitlines()
+    assert json.loads(answer) | {"answer": ""} == splits["rest"][0] | {"answer": ""}
 
 
 @pytest.mark.parametrize(
