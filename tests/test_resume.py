@@ -196,6 +196,26 @@ def test_the_two_newest_checkpoints_are_kept_and_a_broken_one_is_not_taken(setti
     assert train(settings(resume=True)).losses == whole.losses
 
 
+@pytest.mark.parametrize("save_steps", [3, 4])
+def test_a_changed_byte_in_a_checkpoint_is_refused(settings, monkeypatch, capsys, save_steps):
+    """Of which torch and safetensors say nothing, or many lines."""
+    newest = interrupted(settings, monkeypatch, save_steps=save_steps).newest()
+    then = f" Without {newest.path} the run goes on from step 3." if save_steps == 3 else ""
+    files = [newest.path / name for name in newest.run["files"]]
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", WEIGHTS_FILE} <= {
+        file.name for file in files
+    }
+    for file in files:
+        held = file.read_bytes()
+        for place in (0, len(held) // 2):
+            file.write_bytes(held[:place] + bytes([held[place] ^ 1]) + held[place + 1 :])
+            assert f"--resume: {file} is corrupt, it does not hold what was written.{then}\n" in refusal(
+                capsys, *arguments(settings(resume=True))
+            )
+        file.write_bytes(held)
+    assert train(settings(resume=True)).steps == 10
+
+
 def trained_in(checkpoint):
     from safetensors.torch import load_file
 
