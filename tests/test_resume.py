@@ -1,5 +1,7 @@
 """How `peftfast train` runs: killed and resumed, out of disk or memory, its schedule, its log, what it shows."""
 
+import contextlib
+import ctypes
 import errno
 import json
 import math
@@ -13,6 +15,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from rich.console import Console
@@ -143,27 +146,33 @@ def forks():
     return context
 
 
+KILLS = max(2, hypothesis.settings().max_examples // 500)  # --hypothesis-profile fuzz: 20
+
+
 def test_killed_at_any_moment_it_resumes(settings, forks, tmp_path):
+    """Each time some steps further on: by turns at a random moment and while a checkpoint is written."""
+
     def start(options):
         arguments = ["train", *options.to_arguments()]
         process = forks.Process(target=main, args=(arguments,))
         process.start()
         return process
 
-    steps = dict(max_steps=20, lora_dropout=0.1, eval_share=0)
+    steps = dict(max_steps=10 * KILLS, lora_dropout=0.1, eval_share=0)
     process = start(settings("whole", **steps))
     process.join()
     assert process.exitcode == 0
 
     checkpoints, moments, killed = Checkpoints(tmp_path / "out"), random.Random(0), 0
     partial = f".out-*/checkpoint-*/{WEIGHTS_FILE}"
-    for least in (1, 9):  # the second while a checkpoint is written
+    for kill in range(KILLS):
+        least, writing = 1 + 8 * kill, kill % 2 == 1
         resume = checkpoints.newest() is not None
         process = start(settings(save_steps=3, resume=resume, **steps))
         while process.is_alive():
             newest = checkpoints.newest()
-            if newest and newest.step >= least and (least != 9 or any(checkpoints.folder.glob(partial))):
-                time.sleep(0.05 * moments.random() * (least != 9))
+            if newest and newest.step >= least and (not writing or any(checkpoints.folder.glob(partial))):
+                time.sleep(0.05 * moments.random() * (not writing))
                 process.kill()
                 break
             time.sleep(0.001)
@@ -171,7 +180,7 @@ def test_killed_at_any_moment_it_resumes(settings, forks, tmp_path):
         killed += process.exitcode == -signal.SIGKILL
         assert checkpoints.newest() is not None
         assert not (tmp_path / "out").exists()
-    assert killed == 2
+    assert killed == KILLS
 
     process = start(settings(save_steps=3, resume=True, **steps))
     process.join()
@@ -467,15 +476,32 @@ def test_a_result_that_cannot_be_written_can_be_resumed(settings, monkeypatch, c
     assert train(settings(resume=True, eval_share=0)).steps == 10
 
 
+@contextlib.contextmanager
+def permissions_in_force():
+    """No permission stops root, unless it does without CAP_DAC_OVERRIDE, as in the block."""
+    libc, header = (
+        ctypes.CDLL(None, use_errno=True),
+        (ctypes.c_uint32 * 2)(0x20080522, 0),
+    )  # version 3, this thread
+    held = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable, the lower halves of all first
+    assert libc.capget(header, held) == 0
+    without = type(held)(*held)
+    without[0] &= ~(1 << 1)
+    assert libc.capset(header, without) == 0
+    try:
+        yield
+    finally:
+        assert libc.capset(header, held) == 0
+
+
 def test_a_place_that_cannot_be_written_is_named_before_training(settings, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(FineTuner, "fine_tune", None)
     (tmp_path / "out.checkpoints").write_text("a file")
     error = refusal(capsys, *arguments(settings(save_steps=4)))
     assert "out.checkpoints cannot be written: File exists." in error
-    if os.geteuid() == 0:
-        return  # whom no permission stops
     (tmp_path / "closed").mkdir(mode=0o555)
-    error = refusal(capsys, *arguments(settings("closed/out", save_steps=4)))
+    with permissions_in_force():
+        error = refusal(capsys, *arguments(settings("closed/out", save_steps=4)))
     assert "out.checkpoints cannot be written: Permission denied." in error
 
 
