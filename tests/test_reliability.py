@@ -1,6 +1,7 @@
 """Long runs, threads, and files that are not what they say: no growth, no crosstalk, one clear sentence.
 
-The fuzzing goes on for as long as it is told: `pytest tests/test_reliability.py -k corrupt --hypothesis-profile fuzz`.
+The fuzzing takes as many examples as the profile says: `pytest tests/test_reliability.py -k corrupt
+--hypothesis-profile fuzz`.
 """
 
 import json

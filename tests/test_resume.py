@@ -1,5 +1,7 @@
 """How `peftfast train` runs: killed and resumed, out of disk or memory, its schedule, its log, what it shows."""
 
+import contextlib
+import ctypes
 import errno
 import json
 import math
@@ -11,12 +13,15 @@ import signal
 import socket
 import time
 from functools import partial
+from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from rich.console import Console
 from test_cli import model_folder, moe_folder, refusal, run, tokenizer, write_jsonl  # noqa: F401
-from transformers import Trainer, TrainerControl, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 import peftfast
 from peftfast.cli import main, trainer
@@ -141,27 +146,33 @@ def forks():
     return context
 
 
+KILLS = max(2, hypothesis.settings().max_examples // 500)  # --hypothesis-profile fuzz: 20
+
+
 def test_killed_at_any_moment_it_resumes(settings, forks, tmp_path):
+    """Each time some steps further on: by turns at a random moment and while a checkpoint is written."""
+
     def start(options):
         arguments = ["train", *options.to_arguments()]
         process = forks.Process(target=main, args=(arguments,))
         process.start()
         return process
 
-    steps = dict(max_steps=20, lora_dropout=0.1, eval_share=0)
+    steps = dict(max_steps=10 * KILLS, lora_dropout=0.1, eval_share=0)
     process = start(settings("whole", **steps))
     process.join()
     assert process.exitcode == 0
 
     checkpoints, moments, killed = Checkpoints(tmp_path / "out"), random.Random(0), 0
     partial = f".out-*/checkpoint-*/{WEIGHTS_FILE}"
-    for least in (1, 9):  # the second while a checkpoint is written
+    for kill in range(KILLS):
+        least, writing = 1 + 8 * kill, kill % 2 == 1
         resume = checkpoints.newest() is not None
         process = start(settings(save_steps=3, resume=resume, **steps))
         while process.is_alive():
             newest = checkpoints.newest()
-            if newest and newest.step >= least and (least != 9 or any(checkpoints.folder.glob(partial))):
-                time.sleep(0.05 * moments.random() * (least != 9))
+            if newest and newest.step >= least and (not writing or any(checkpoints.folder.glob(partial))):
+                time.sleep(0.05 * moments.random() * (not writing))
                 process.kill()
                 break
             time.sleep(0.001)
@@ -169,7 +180,7 @@ def test_killed_at_any_moment_it_resumes(settings, forks, tmp_path):
         killed += process.exitcode == -signal.SIGKILL
         assert checkpoints.newest() is not None
         assert not (tmp_path / "out").exists()
-    assert killed == 2
+    assert killed == KILLS
 
     process = start(settings(save_steps=3, resume=True, **steps))
     process.join()
@@ -192,6 +203,26 @@ def test_the_two_newest_checkpoints_are_kept_and_a_broken_one_is_not_taken(setti
     assert checkpoints.newest().step == 6
     whole = train(settings("whole"))
     assert train(settings(resume=True)).losses == whole.losses
+
+
+@pytest.mark.parametrize("save_steps", [3, 4])
+def test_a_changed_byte_in_a_checkpoint_is_refused(settings, monkeypatch, capsys, save_steps):
+    """Of which torch and safetensors say nothing, or many lines."""
+    newest = interrupted(settings, monkeypatch, save_steps=save_steps).newest()
+    then = f" Without {newest.path} the run goes on from step 3." if save_steps == 3 else ""
+    files = [newest.path / name for name in newest.run["files"]]
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", WEIGHTS_FILE} <= {
+        file.name for file in files
+    }
+    for file in files:
+        held = file.read_bytes()
+        for place in (0, len(held) // 2):
+            file.write_bytes(held[:place] + bytes([held[place] ^ 1]) + held[place + 1 :])
+            assert f"--resume: {file} is corrupt, it does not hold what was written.{then}\n" in refusal(
+                capsys, *arguments(settings(resume=True))
+            )
+        file.write_bytes(held)
+    assert train(settings(resume=True)).steps == 10
 
 
 def trained_in(checkpoint):
@@ -445,15 +476,32 @@ def test_a_result_that_cannot_be_written_can_be_resumed(settings, monkeypatch, c
     assert train(settings(resume=True, eval_share=0)).steps == 10
 
 
+@contextlib.contextmanager
+def permissions_in_force():
+    """No permission stops root, unless it does without CAP_DAC_OVERRIDE, as in the block."""
+    libc, header = (
+        ctypes.CDLL(None, use_errno=True),
+        (ctypes.c_uint32 * 2)(0x20080522, 0),
+    )  # version 3, this thread
+    held = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable, the lower halves of all first
+    assert libc.capget(header, held) == 0
+    without = type(held)(*held)
+    without[0] &= ~(1 << 1)
+    assert libc.capset(header, without) == 0
+    try:
+        yield
+    finally:
+        assert libc.capset(header, held) == 0
+
+
 def test_a_place_that_cannot_be_written_is_named_before_training(settings, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(FineTuner, "fine_tune", None)
     (tmp_path / "out.checkpoints").write_text("a file")
     error = refusal(capsys, *arguments(settings(save_steps=4)))
     assert "out.checkpoints cannot be written: File exists." in error
-    if os.geteuid() == 0:
-        return  # whom no permission stops
     (tmp_path / "closed").mkdir(mode=0o555)
-    error = refusal(capsys, *arguments(settings("closed/out", save_steps=4)))
+    with permissions_in_force():
+        error = refusal(capsys, *arguments(settings("closed/out", save_steps=4)))
     assert "out.checkpoints cannot be written: Permission denied." in error
 
 
@@ -555,6 +603,77 @@ def test_optimizers_of_torch_train(settings, optimizer, monkeypatch):
     assert result.losses[-1][1] != result.losses[0][1]
 
 
+def test_steps_are_told_by_the_epoch(settings, tmp_path, monkeypatch):
+    """Of five to an epoch: 18 examples by 4."""
+    result = train(settings("evaluated", evals_per_epoch=2))
+    assert [entry["step"] for entry in result.log if "eval_loss" in entry] == [3, 6, 9, 10]
+    arguments = training_arguments(settings(evals_per_epoch=9, saves_per_epoch=1), tmp_path, 18)
+    assert (arguments.eval_steps, arguments.save_steps) == (1, 5)
+    checkpoints = interrupted(settings, monkeypatch, save_steps=None, saves_per_epoch=2)
+    assert checkpoints.newest().step == 6
+    assert train(settings(resume=True)).losses == result.losses
+
+
+def test_steps_of_warmup_override_their_share(settings, tmp_path):
+    for steps, taken in (None, 5), (4, 4), (0, 0):
+        told = settings(warmup_ratio=0.5, warmup_steps=steps)
+        assert training_arguments(told, tmp_path, 18).warmup_steps == taken
+
+
+def test_attention_is_what_is_told(settings, monkeypatch, capsys):
+    step, seen = FineTuner.training_step, []
+
+    def watched(self, model, *args):
+        seen.append(model.config._attn_implementation)
+        return step(self, model, *args)
+
+    monkeypatch.setattr(FineTuner, "training_step", watched)
+    for told in ("eager", None):
+        train(settings(str(told), attn_implementation=told, max_steps=1, gradient_accumulation_steps=1))
+    assert seen == ["eager", "sdpa"]
+    monkeypatch.setattr("transformers.LlamaForCausalLM._supports_flex_attn", False)
+    assert (
+        "the model cannot be loaded with --attn-implementation flex_attention: LlamaForCausalLM"
+        in refusal(capsys, *arguments(settings(attn_implementation="flex_attention")))
+    )
+
+
+def test_the_log_is_reported_where_told(settings, tmp_path, monkeypatch):
+    seen = []
+
+    class Recorder(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            runs = Path(args.output_dir, "runs")
+            runs.mkdir()
+            (runs / "events").write_text("kept")
+
+        def on_log(self, args, state, control, logs, **kwargs):
+            seen.append(logs)
+
+    for name in ("one", "two"):
+        monkeypatch.setitem(INTEGRATION_TO_CALLBACK, name, Recorder if name == "one" else TrainerCallback)
+    result = train(settings(report_to="one, two"))
+    assert [logs["loss"] for logs in seen if "loss" in logs] == [loss for _, loss in result.losses]
+    runs = tmp_path / "out" / "runs"
+    assert (runs / "events").read_text() == "kept"
+    assert runs.stat().st_mode & 0o700 == 0o700  # else its owner could not enter it
+    assert training_arguments(settings(), tmp_path, 1).report_to == []
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ("nowhere", "--report-to nowhere: nowhere is not supported, only "),
+        ("none,wandb", "--report-to none: none is not supported, only "),
+        ("wandb", "--report-to wandb: WandbCallback requires wandb to be installed."),
+    ],
+)
+def test_what_cannot_be_reported_to_is_refused(settings, monkeypatch, capsys, told, message):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    monkeypatch.setattr(train_module, "load_model", None)
+    assert message in refusal(capsys, *arguments(settings(report_to=told)))
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_is_known_to_trainer(settings, tmp_path, optimizer):
     assert training_arguments(settings(optimizer=optimizer), tmp_path, 1).optim == optimizer
@@ -569,6 +688,7 @@ def test_optimizers_of_bitsandbytes_train_or_are_refused(settings, monkeypatch):
         return
     interrupted(settings, monkeypatch, optimizer="adamw_8bit")
     assert train(settings(resume=True, optimizer="adamw_8bit")).losses == whole.losses
+    assert train(settings("named", optimizer="adamw_bnb_8bit")).losses == whole.losses
 
 
 def test_what_bitsandbytes_cannot_do_is_a_sentence(settings, monkeypatch, capsys):
@@ -627,6 +747,18 @@ def test_gradients_are_clipped_and_weights_decay(settings, tmp_path):
         (dict(logging_steps=0), "--logging-steps is at least 1"),
         (dict(save_steps=0), "--save-steps is at least 1"),
         (dict(eval_steps=2, eval_share=0.0), "--eval-steps goes with held-out data"),
+        (dict(evals_per_epoch=2, eval_share=0.0), "--evals-per-epoch goes with held-out data"),
+        (dict(evals_per_epoch=0), "--evals-per-epoch is at least 1"),
+        (dict(saves_per_epoch=2, save_steps=2), "--save-steps and --saves-per-epoch exclude each other"),
+        (dict(warmup_steps=-1), "--warmup-steps is at least 0"),
+        (
+            dict(attn_implementation="fast"),
+            "--attn-implementation is one of eager, sdpa, flash_attention_2, ",
+        ),
+        (
+            dict(attn_implementation="flash_attention_3"),
+            "flash_attention_3 computes in 16 bits: it goes with --dtype bf16",
+        ),
         (
             dict(method="prefix", backend="peft", gradient_checkpointing=True),
             "PEFT cannot checkpoint a prefix",

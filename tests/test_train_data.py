@@ -29,8 +29,8 @@ from peftfast.cli.errors import UserError
 from peftfast.cli.model import load_model
 from peftfast.cli.records import read_records
 from peftfast.cli.settings import TrainSettings
-from peftfast.cli.train import RESULT_FILE, train
-from peftfast.demo.pretrain import build_tokenizer
+from peftfast.cli.train import ANSWERS_FILE, RESULT_FILE, train
+from peftfast.demo.pretrain import END_OF_TEXT, PADDING, build_tokenizer
 
 PAIRS = [
     {"prompt": f"{word}=", "completion": word.upper()} for word in ("ab", "cdef", "gh", "ijklmn", "op", "q")
@@ -174,7 +174,15 @@ def test_a_file_of_axolotl_trains_and_options_override_it(model_folder, pairs, t
         ("lora-r: 4\nmodel:", {"lora_r": 4}),
         ("model: a\nbase_model: a", {"model": "a"}),
         ("chat_template: tokenizer_default", {}),
-        ("fp16: false\nwandb_project:", {}),
+        ("fp16: false\nwandb_project:\nspecial_tokens:\neval_strategy:", {}),
+        ("optimizer: adamw_bnb_8bit\nwarmup_steps: 10", {"optimizer": "adamw_bnb_8bit", "warmup_steps": 10}),
+        ("evals_per_epoch: 4\nsaves_per_epoch: 1", {"evals_per_epoch": 4, "saves_per_epoch": 1}),
+        ("eval_strategy: epoch\nsave_strategy: epoch", {"evals_per_epoch": 1, "saves_per_epoch": 1}),
+        ("report_to: none", {"report_to": "none"}),
+        ("report_to: [wandb, tensorboard]", {"report_to": "wandb,tensorboard"}),
+        ("attn_implementation: eager", {"attn_implementation": "eager"}),
+        ("flash_attention: true\nsdp_attention: false", {"attn_implementation": "flash_attention_2"}),
+        ("sdp_attention: true\nattn_implementation: sdpa", {"attn_implementation": "sdpa"}),
         (
             "learning_rate: 1e-3\nlora_alpha: 8\nlora_dropout: 0.1",
             dict(learning_rate=1e-3, lora_alpha=8.0, lora_dropout=0.1),
@@ -183,24 +191,74 @@ def test_a_file_of_axolotl_trains_and_options_override_it(model_folder, pairs, t
     ],
 )
 def test_keys_make_settings(tmp_path, text, made):
-    assert read_config(config(tmp_path, text)) == made
+    assert read_config(config(tmp_path, text)) == (made, [])
 
 
 def test_data_sets_are_named_with_configuration_split_and_type(tmp_path):
     entry = (
         "datasets:\n  - {path: someone/set, name: main, split: half, type: alpaca}\ntest_datasets: held.jsonl"
     )
-    made = read_config(config(tmp_path, entry))
+    made, _ = read_config(config(tmp_path, entry))
     assert {name: str(value) for name, value in made.items()} == {
         "data": "someone/set:main", "data_split": "half", "data_type": "alpaca", "eval_file": "held.jsonl",
     }  # fmt: skip
+
+
+NOTHING = """
+do_train: true
+stage: sft
+dataset_prepared_path: last_run_prepared
+pad_to_sequence_len: true
+loss_watchdog_threshold: 5.0
+loss_watchdog_patience: 3
+plot_loss: true
+save_strategy: no
+eval-strategy: steps
+eval_steps: 2
+"""
+
+
+def test_keys_that_change_nothing_are_named_once(model_folder, pairs, tmp_path, capsys):
+    tokens = f"special_tokens: {{pad_token: {PADDING}, eos_token: {END_OF_TEXT}, unk_token: }}"
+    run = f"model: elsewhere\ndata: {pairs}\nout: {tmp_path / 'out'}\nmax_steps: 2\nmicro_batch_size: 2"
+    path = config(tmp_path, "\n".join((NOTHING, tokens, run)))
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", str(path), "--model", str(model_folder)])
+    assert not stopped.value.code
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith(
+        "These keys change nothing here: do_train, stage, dataset_prepared_path, pad_to_sequence_len, "
+        "loss_watchdog_threshold, loss_watchdog_patience, plot_loss, save_strategy, eval-strategy, special_tokens. "
+    )
+    assert said.count("change nothing") == 1
+
+
+def test_keys_that_change_nothing_are_named_by_the_first_process(tmp_path, monkeypatch, capsys):
+    told = []
+    monkeypatch.setattr("peftfast.cli.train.train", lambda settings, console: told.append(settings))
+    path = config(tmp_path, "plot_loss: true\nmodel: m\ndata: d\nout: o")
+    for rank, said in ("0", "These keys change nothing here: plot_loss.\n"), ("1", ""):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit):
+            main(["train", str(path)])
+        assert capsys.readouterr().out == said
+    assert len(told) == 2
+
+
+def test_other_special_tokens_are_refused(model_folder, tmp_path, capsys):
+    path = config(tmp_path, f"model: {model_folder}\nspecial_tokens: {{pad_token: <pad>}}")
+    assert (
+        "config.yaml: pad_token of special_tokens is '<pad>', but the model's tokenizer, which stays as it is, has "
+        f"'{PADDING}'."
+    ) in refusal(capsys, path)
 
 
 def test_bf16_auto_goes_by_the_machine(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for isa, dtype in {"avx2": "fp32", "avx512_bf16": "bf16", "amx": "bf16"}.items():
         monkeypatch.setattr(peftfast, "build_info", lambda isa=isa: {"isa": isa})
-        assert read_config(config(tmp_path, "bf16: auto")) == {"dtype": dtype}
+        assert read_config(config(tmp_path, "bf16: auto")) == ({"dtype": dtype}, [])
 
 
 def test_every_field_is_a_key_and_no_alias_hides_one():
@@ -213,6 +271,33 @@ def test_every_field_is_a_key_and_no_alias_hides_one():
         ("lora_rr: 4", "config.yaml: lora_rr is no setting of peftfast train; the nearest one is lora_r."),
         ("base_modle: x", "the nearest one is base_model."),
         ("fp16: true", "config.yaml: fp16 is no setting of peftfast train"),
+        ("trust_remote_code: true", "config.yaml: trust_remote_code is no setting of peftfast train.\n"),
+        ("deepspeed: a.json", "config.yaml: deepspeed is no setting of peftfast train.\n"),
+        ("do_train: false", "config.yaml: do_train is True, not False."),
+        ("stage: dpo", "config.yaml: stage is sft, not 'dpo'."),
+        (
+            "special_tokens: <pad>",
+            "config.yaml: special_tokens holds lines such as pad_token: <pad>, not '<pad>'.",
+        ),
+        ("save_strategy: best", "config.yaml: save_strategy is no, steps or epoch, not 'best'."),
+        ("save_strategy: steps", "config.yaml: save_strategy is steps, which takes save_steps too."),
+        (
+            "eval_strategy: no\nevals_per_epoch: 2",
+            "config.yaml: eval_strategy and evals_per_epoch contradict each other.",
+        ),
+        (
+            "evaluation_strategy: epoch\nevals_per_epoch: 2",
+            "evaluation_strategy and evals_per_epoch contradict each other: one makes evals_per_epoch 1, the other 2.",
+        ),
+        ("flash_attention: 2", "config.yaml: flash_attention is true or false, not 2."),
+        (
+            "flash_attention: true\nattn_implementation: sdpa",
+            "flash_attention and attn_implementation contradict each other",
+        ),
+        (
+            "flash_attention: true\nmodel: m\ndata: d\nout: o",
+            "--attn-implementation flash_attention_2 computes in 16 bits: it goes with --dtype bf16.",
+        ),
         ("lora_r: many", "config.yaml: lora_r is a whole number, not 'many'."),
         ("lora_r: 4.5", "config.yaml: lora_r is a whole number, not 4.5."),
         ("lora_r: true", "config.yaml: lora_r is a whole number, not True."),
@@ -379,6 +464,35 @@ def test_a_run_holds_out_a_split(model_folder, tmp_path):
     options = dict(model=str(model_folder), data=tmp_path / "data", out=tmp_path / "out", max_steps=1)
     result = train(TrainSettings(**options, eval_split="test"))
     assert (result.examples, result.held_out_examples) == (6, 2)
+
+
+def test_a_data_set_of_the_hub_is_trained_on(model_folder, tmp_path, monkeypatch):
+    """By its name, subset and splits, which `datasets` is asked for."""
+    splits = {
+        "half": [pair | {"number": 3} for pair in PAIRS],
+        "rest": [{"prompt": "rs=", "completion": "RS"}],
+    }
+    asked = []
+
+    def load_dataset(*args, split, **kwargs):
+        asked.append((args, split, kwargs))
+        return Dataset.from_list(splits[split])
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    path = config(
+        tmp_path,
+        f"model: {model_folder}\nout: {tmp_path / 'out'}\nepochs: 1\neval_split: rest\n"
+        "datasets: [{path: someone/set, name: main, split: half, type: prompt}]",
+    )
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", str(path)])
+    assert not stopped.value.code
+    assert asked == [(("someone/set", "main"), "half", {}), (("someone/set", "main"), "rest", {})]
+    result = json.loads((tmp_path / "out" / RESULT_FILE).read_text())
+    assert (result["examples"], result["held_out_examples"]) == (6, 1)
+    assert result["tokens"] == sum(2 * len(pair["completion"]) + 2 for pair in PAIRS)
+    [answer] = (tmp_path / "out" / ANSWERS_FILE).read_text().splitlines()
+    assert json.loads(answer) | {"answer": ""} == splits["rest"][0] | {"answer": ""}
 
 
 @pytest.mark.parametrize(

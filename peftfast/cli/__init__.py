@@ -1,7 +1,6 @@
 """The `peftfast` command."""
 
 import logging
-import os
 import signal
 import sys
 
@@ -9,6 +8,7 @@ import typer
 
 from peftfast.cli import bench, compare, convert, demo, info, merge, plan, train
 from peftfast.cli.errors import UserError
+from peftfast.cli.processes import rank
 
 app = typer.Typer(
     name="peftfast",
@@ -49,7 +49,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _refuse(sentence: str) -> int:
-    rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
-    who = "peftfast" if rank == "0" else f"peftfast, process {rank}"
+    who = f"peftfast, process {rank()}" if rank() else "peftfast"
     print(f"{who}: {sentence}", file=sys.stderr)
     return 2

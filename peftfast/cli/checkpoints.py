@@ -1,6 +1,6 @@
 """Checkpoints of a training run: each whole or not there, in a folder beside the output, until the run has ended well.
 
-OUT.checkpoints/checkpoint-40/run.json       what the run was told, where it was, and its files with their sizes
+OUT.checkpoints/checkpoint-40/run.json       what the run was told, where it was, and its files: size and SHA-256
                               trained_weights.safetensors
                               optimizer.pt, scheduler.pt, rng_state.pth, trainer_state.json       of Trainer
                               rng_state_0.pth, rng_state_1.pth, ...       instead, of several processes
@@ -34,8 +34,8 @@ KEPT = 2
 # Options in which a run and its continuation may differ; of the data it is the examples that must be the same, of a
 # batch their number in all processes.
 FREE = (
-    *("data", "eval_file", "out", "json", "overwrite", "save_steps", "resume"),
-    *("micro_batch_size", "gradient_accumulation_steps", "activation_offloading"),
+    *("data", "eval_file", "out", "json", "overwrite", "save_steps", "saves_per_epoch", "resume"),
+    *("report_to", "micro_batch_size", "gradient_accumulation_steps", "activation_offloading"),
 )
 
 
@@ -63,7 +63,8 @@ class Checkpoints:
         """Return the checkpoint that `settings` go on from, None if they start anew.
 
         Raises:
-            UserError: there is none and there should be one, or the other way round; or the run's settings differ.
+            UserError: there is none and there should be one, or the other way round; the run's settings differ; or a
+                file does not hold what was written.
         """
         newest = self.newest()
         if not settings.resume:
@@ -81,7 +82,19 @@ class Checkpoints:
             if told[name] != before[name]:
                 now, then = ("not given" if value is None else value for value in (told[name], before[name]))
                 raise UserError(f"--resume: {option(name)} is {now}, but {then} in the interrupted run.")
+        self._check_files(newest)
         return newest
+
+    def _check_files(self, newest: Checkpoint) -> None:
+        """Raise UserError unless every file holds what was written: torch and safetensors do not look for that."""
+        earlier = self._whole()[:-1]
+        then = f" Without {newest.path} the run goes on from step {earlier[-1].step}." if earlier else ""
+        for name, file in newest.run["files"].items():
+            path = newest.path / name
+            with _said(f"--resume: {path} cannot be read"):
+                digest = _digest(path)
+            if digest != file["sha256"]:
+                raise UserError(f"--resume: {path} is corrupt, it does not hold what was written.{then}")
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
@@ -122,7 +135,9 @@ class Checkpoints:
             written: complete but for run.json, on the file system of `self.folder`.
             run: for run.json.
         """
-        files = {path.name: path.stat().st_size for path in written.iterdir()}
+        files = {
+            path.name: {"size": path.stat().st_size, "sha256": _digest(path)} for path in written.iterdir()
+        }
         (written / RUN_FILE).write_text(json.dumps(run | {"files": files}, indent=1), encoding="utf-8")
         for path in (*written.iterdir(), written):
             _sync(path)
@@ -147,7 +162,7 @@ class Checkpoints:
         for step, path in self._folders().items():
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 run = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
-                if all((path / name).stat().st_size == size for name, size in run["files"].items()):
+                if all((path / name).stat().st_size == file["size"] for name, file in run["files"].items()):
                     found.append(Checkpoint(path, step, run))
         return found
 
@@ -215,6 +230,11 @@ def check_batch(checkpoint: Checkpoint, settings: TrainSettings, processes: int)
             f"--resume: a step takes {now} sequences, but {then} in the interrupted run: have --micro-batch-size × "
             f"--gradient-accumulation-steps × processes be {then} again."
         )
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

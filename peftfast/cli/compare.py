@@ -37,7 +37,7 @@ BASELINE = "full"
 ORDER = (BASELINE, *(method for method in METHODS if method != BASELINE))
 # Settings that are not the methods' in common.
 OWN = (
-    *("method", "objective", "out", "json", "overwrite", "save_steps", "resume"),
+    *("method", "objective", "out", "json", "overwrite", "save_steps", "saves_per_epoch", "resume"),
     *("learning_rate", "embedding_learning_rate"),
 )
 SHARED = {

@@ -8,7 +8,7 @@ import typing
 from pathlib import Path
 
 from peftfast.cli.errors import UserError, first_sentence
-from peftfast.cli.settings import DATA_TYPES, TrainSettings, listed
+from peftfast.cli.settings import DATA_TYPES, FREQUENCIES, TrainSettings, listed
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainSettings)}
 # Other names of settings. Those of settings that TrainSettings lacks are unknown like any other.
@@ -44,6 +44,7 @@ ALIASES = {
     "num_epochs": "epochs",
     "num_train_epochs": "epochs",
     "optim": "optimizer",
+    "evaluation_strategy": "eval_strategy",
     "lr_scheduler": "lr_scheduler_type",
     "resume_from_checkpoint": "resume",
 }
@@ -57,20 +58,42 @@ TYPES = {
     "alpaca": "alpaca",
     "sharegpt": "sharegpt",
 } | {name: name for name in DATA_TYPES}
+# Keys that choose an attention by switching it on.
+ATTENTION = {
+    "flash_attention": "flash_attention_2",
+    "sdp_attention": "sdpa",
+    "flex_attention": "flex_attention",
+    "eager_attention": "eager",
+}
+# Keys that say whether a setting's steps are taken.
+STRATEGIES = {"eval_strategy": "eval_steps", "save_strategy": "save_steps"}
+# Keys that change nothing here, with the only value that they may have; None: any.
+UNUSED = {
+    "do_train": True,
+    "stage": "sft",
+    **dict.fromkeys(("dataset_prepared_path", "pad_to_sequence_len", "plot_loss")),
+    **dict.fromkeys(("loss_watchdog_threshold", "loss_watchdog_patience")),
+}
 # What axolotl's examples leave blank or switch off. With any other value, they are as unknown as other keys.
 SWITCHED_OFF = (
     "load_in_8bit", "fp16", "tf32", "strict", "group_by_length", "debug", "xformers_attention", "lora_model_dir",
-    "early_stopping_patience", "dataset_prepared_path", "special_tokens", "local_rank", "deepspeed", "fsdp",
-    "fsdp_config", "hub_model_id", "wandb_project", "wandb_entity", "wandb_watch", "wandb_name", "wandb_log_model",
+    "early_stopping_patience", "local_rank", "deepspeed", "fsdp", "fsdp_config", "hub_model_id",
+    "wandb_project", "wandb_entity", "wandb_watch", "wandb_name", "wandb_log_model",
 )  # fmt: skip
+KNOWN = (*FIELDS, *ALIASES, *FOUR_BITS, *ATTENTION, *STRATEGIES, *UNUSED, "special_tokens")
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
 
 
-def read_config(path: Path) -> dict[str, object]:
-    """Return the settings that a YAML file makes, by the fields of TrainSettings. A key without a value makes none.
+def read_config(path: Path, model: str | None = None) -> tuple[dict[str, object], list[str]]:
+    """Return the settings that a YAML file makes, by the fields of TrainSettings, and its keys that change nothing.
 
+    A key without a value makes no setting.
+
+    Args:
+        model: overrides the file's.
     Raises:
-        UserError: the file cannot be read; a key is unknown, has a value of the wrong type, or contradicts another.
+        UserError: the file cannot be read; a key is unknown, has a value of the wrong type, contradicts another, or
+            asks for special tokens that the model's tokenizer does not have.
     """
     settings: dict[str, object] = {}
     origins: dict[str, str] = {}
@@ -82,7 +105,11 @@ def read_config(path: Path) -> dict[str, object]:
                     f"{settings[name]}, the other {made}."
                 )
             settings[name], origins[name] = made, key
-    return _in_four_bits(path, settings, origins)
+    settings = _in_four_bits(path, settings, origins)
+    _check_strategies(path, settings, origins)
+    _check_special_tokens(path, model or settings.get("model"), settings.get("special_tokens", {}))
+    unused = [origins[name] for name in settings if name not in FIELDS]
+    return {name: value for name, value in settings.items() if name in FIELDS}, unused
 
 
 def _entries(path: Path) -> dict[str, object]:
@@ -111,15 +138,15 @@ def _entries(path: Path) -> dict[str, object]:
 
 
 def _settings(path: Path, key: str, value: object) -> dict[str, object]:
-    """Return what one key makes, by field; "four_bits" beside, of the keys in FOUR_BITS."""
+    """Return what one key makes, by field; "four_bits" beside, of the keys in FOUR_BITS; else the key itself."""
     spelled = key.replace("-", "_")
     name = ALIASES.get(spelled, spelled)
     if spelled in SWITCHED_OFF and value in (None, False):
         return {}
-    if name not in FIELDS and name not in FOUR_BITS:
-        raise UserError(
-            f"{path}: {key} is no setting of peftfast train; the nearest one is {_nearest(spelled)}."
-        )
+    if name not in KNOWN:
+        near = difflib.get_close_matches(spelled, KNOWN, n=1, cutoff=0.75)
+        hint = f"; the nearest one is {near[0]}" if near else ""
+        raise UserError(f"{path}: {key} is no setting of peftfast train{hint}.")
     if value is None:  # as axolotl has it, without an adapter all is trained
         return {"method": "full"} if name == "method" else {}
     if name in FOUR_BITS:
@@ -127,25 +154,35 @@ def _settings(path: Path, key: str, value: object) -> dict[str, object]:
         if told not in (FOUR_BITS[name], False):
             raise UserError(f"{path}: {key} is {FOUR_BITS[name]}, not {value!r}.")
         return {"four_bits": told == FOUR_BITS[name]}
+    if name in ATTENTION:
+        return {"attn_implementation": ATTENTION[name]} if _typed(path, key, value, bool) else {}
+    if name in STRATEGIES:
+        strategy = "no" if value is False else value  # which YAML reads for no
+        if strategy not in ("no", "steps", "epoch"):
+            raise UserError(f"{path}: {key} is no, steps or epoch, not {value!r}.")
+        return {FREQUENCIES[STRATEGIES[name]]: 1} if strategy == "epoch" else {name: strategy}
+    if name in UNUSED:
+        if UNUSED[name] not in (None, value):
+            raise UserError(f"{path}: {key} is {UNUSED[name]}, not {value!r}.")
+        return {name: value}
+    if name == "special_tokens":
+        if not isinstance(value, dict):
+            raise UserError(f"{path}: {key} holds lines such as pad_token: <pad>, not {value!r}.")
+        return {name: value}
     if name in ("data", "eval_file"):
         return _dataset(path, key, name, value)
     if spelled == "lora_target_linear":
         return {name: "all-linear"} if _typed(path, key, value, bool) else {}
     if spelled == "bf16":
         return {name: "bf16" if _bf16(path, key, value) else "fp32"}
-    if name == "target_modules":
+    if name in ("target_modules", "report_to"):
         named = value if isinstance(value, list) else [value]
         joined = ",".join(_typed(path, key, part, str) for part in named)
-        return {name: "all-linear" if joined == "all" else joined}
+        return {name: "all-linear" if (name, joined) == ("target_modules", "all") else joined}
     if name == "chat_template" and value == "tokenizer_default":
         return {}
     kind = typing.get_args(FIELDS[name].type)[0]  # of Annotated
     return {name: _typed(path, key, value, *(typing.get_args(kind) or (kind,)))}
-
-
-def _nearest(key: str) -> str:
-    known = (name for name in ALIASES if ALIASES[name] in FIELDS)
-    return difflib.get_close_matches(key, [*FIELDS, *FOUR_BITS, *known], n=1, cutoff=0)[0]
 
 
 def _typed(path: Path, key: str, value: object, *kinds: type):
@@ -224,3 +261,28 @@ def _in_four_bits(path: Path, settings: dict, origins: dict[str, str]) -> dict[s
             f"{method} {'does not train a model in 4 bits' if four_bits else 'is lora on a model in 4 bits'}."
         )
     return settings
+
+
+def _check_strategies(path: Path, settings: dict, origins: dict[str, str]) -> None:
+    """Raise UserError unless steps are taken where a strategy says so, and there alone."""
+    for strategy, steps in STRATEGIES.items():
+        told = [origins[name] for name in (steps, FREQUENCIES[steps]) if name in settings]
+        if settings.get(strategy) == "no" and told:
+            raise UserError(f"{path}: {origins[strategy]} and {told[0]} contradict each other.")
+        if settings.get(strategy) == "steps" and not told:
+            raise UserError(f"{path}: {origins[strategy]} is steps, which takes {steps} too.")
+
+
+def _check_special_tokens(path: Path, model: str | None, tokens: dict[str, object]) -> None:
+    """Raise UserError unless the model's tokenizer has these tokens, as it stays as it is."""
+    if not tokens or model is None:
+        return
+    from peftfast.cli.model import is_local_model, load_tokenizer
+
+    held = load_tokenizer(model, is_local_model(model)).special_tokens_map
+    for name, token in tokens.items():
+        if token is not None and token != held.get(name):
+            raise UserError(
+                f"{path}: {name} of special_tokens is {token!r}, but the model's tokenizer, which stays as it is, "
+                f"has {held.get(name)!r}."
+            )

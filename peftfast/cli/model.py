@@ -81,10 +81,11 @@ def load_tokenizer(name: str, local: bool):
     return tokenizer
 
 
-def load_model(name: str, dtype: str, local: bool, four_bit_config=None):
+def load_model(name: str, dtype: str, local: bool, four_bit_config=None, attention: str | None = None):
     """Return the causal language model with weights of torch's `dtype`; `local` keeps off the network.
 
-    `four_bit_config`, a FourBitConfig, keeps its linear layers in 4 bits; None: the model is dense.
+    `four_bit_config`, a FourBitConfig, keeps its linear layers in 4 bits; None: the model is dense. `attention` is
+    transformers' attn_implementation; None: as it chooses.
 
     Raises:
         UserError: it cannot be loaded, is no causal language model, or lacks some of its weights.
@@ -108,9 +109,13 @@ def load_model(name: str, dtype: str, local: bool, four_bit_config=None):
             use_safetensors=True,
             output_loading_info=True,
             quantization_config=four_bit_config,
+            attn_implementation=attention,
         )
     except Exception as error:  # as above
-        raise UserError(f"--model {name}: the model cannot be loaded: {first_sentence(error)}.") from error
+        how = f" with --attn-implementation {attention}" if attention else ""
+        raise UserError(
+            f"--model {name}: the model cannot be loaded{how}: {first_sentence(error)}."
+        ) from error
     if info["missing_keys"]:
         # transformers would go on with random numbers in their place.
         raise UserError(

@@ -10,6 +10,11 @@ from datetime import timedelta
 from peftfast.cli.errors import UserError
 
 
+def rank() -> int:
+    """Return this process's number among those that share the run, 0 of one that is alone."""
+    return int(os.environ.get("RANK", "0")) if os.environ.get("WORLD_SIZE", "1") != "1" else 0
+
+
 def check_launch() -> None:
     """Raise UserError if accelerate was told to divide the weights among processes.
 

@@ -25,7 +25,7 @@ PROFILE = "profile:"  # of --experts: what comes before the share
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 # By Trainer's names.
 BITSANDBYTES_OPTIMIZERS = (
-    *("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"),
+    *("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"),
     *("lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit"),
 )
 OPTIMIZERS = (
@@ -33,6 +33,10 @@ OPTIMIZERS = (
     *BITSANDBYTES_OPTIMIZERS,
 )
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
+FLASH = ("flash_attention_2", "flash_attention_3")
+ATTENTION = ("eager", "sdpa", *FLASH, "flex_attention")  # by transformers' names
+# How often the same is done, in steps and by the epoch.
+FREQUENCIES = {"eval_steps": "evals_per_epoch", "save_steps": "saves_per_epoch"}
 # Options by the argument of the configuration that they go to: FourBitConfig, MixtureLoraConfig, BottleneckConfig.
 QUANTIZATION = {
     "quant_type": "quant_type",
@@ -194,6 +198,7 @@ class TrainSettings:
     ] = "adamw_torch"
     lr_scheduler_type: Annotated[str, Option(help=f"{', '.join(SCHEDULERS)}.")] = "linear"
     warmup_ratio: Annotated[float, Option(help="Share of the steps to warm up in, in [0, 1).")] = 0.03
+    warmup_steps: Annotated[int | None, Option(help="Steps to warm up in; overrides --warmup-ratio.")] = None
     weight_decay: Annotated[float, Option(help="Of what is trained, but for biases and norms.")] = 0.0
     max_grad_norm: Annotated[float, Option(help="Clip gradients to this norm; 0: do not.")] = 1.0
     gradient_checkpointing: Annotated[
@@ -227,6 +232,10 @@ class TrainSettings:
         str,
         Option(help="Of the frozen model and its products, with full of the products alone: fp32 or bf16."),
     ] = "fp32"
+    attn_implementation: Annotated[
+        str | None,
+        Option(help=f"By transformers' name: {', '.join(ATTENTION)}; by default the model's own choice."),
+    ] = None
     quant_type: Annotated[str | None, Option(help="qlora: nf4, the default, or fp4.")] = None
     blocksize: Annotated[int | None, Option(help="qlora: weights that share a scale; by default 64.")] = None
     double_quant: Annotated[
@@ -250,9 +259,15 @@ class TrainSettings:
         int | None,
         Option(help="Evaluate every so many steps too; by default before and after training alone."),
     ] = None
+    evals_per_epoch: Annotated[
+        int | None, Option(help="In place of --eval-steps: so often in every epoch, at equal distances.")
+    ] = None
     save_steps: Annotated[
         int | None,
         Option(help="Steps from one checkpoint to the next, in OUT.checkpoints, which is gone at the end."),
+    ] = None
+    saves_per_epoch: Annotated[
+        int | None, Option(help="In place of --save-steps: so often in every epoch, at equal distances.")
     ] = None
     resume: Annotated[
         bool,
@@ -262,6 +277,10 @@ class TrainSettings:
             "processes too, if --micro-batch-size times --gradient-accumulation-steps times processes stays the same.",
         ),
     ] = False
+    report_to: Annotated[
+        str,
+        Option(help="Where Trainer sends the log too, such as tensorboard or wandb,mlflow; none: nowhere."),
+    ] = "none"
     seed: Annotated[int, Option(help="Seed of everything random.")] = 0
     json: Annotated[Path | None, Option(help="Also write the result record to this file.")] = None
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the result of an earlier run.")] = False
@@ -275,6 +294,7 @@ class TrainSettings:
             "dtype": DTYPES,
             "optimizer": OPTIMIZERS,
             "lr_scheduler_type": SCHEDULERS,
+            "attn_implementation": (None, *ATTENTION),
             "quant_type": (None, *FOURBIT_CODEBOOKS),
             "blocksize": (None, *FOURBIT_BLOCKSIZES),
             "data_type": (None, *DATA_TYPES),
@@ -303,9 +323,12 @@ class TrainSettings:
             "sequence_len": 2,
             "max_steps": 1,
             "max_eval_examples": 1,
+            "warmup_steps": 0,
             "logging_steps": 1,
             "eval_steps": 1,
+            "evals_per_epoch": 1,
             "save_steps": 1,
+            "saves_per_epoch": 1,
             "seed": 0,
         }.items():
             value = getattr(self, name)
@@ -327,8 +350,19 @@ class TrainSettings:
                 raise UserError(f"{option(name)} is a number of at least 0, not {value}.")
         if self.prompt_init_text is not None and not self.prompt_init_text.strip():
             raise UserError("--prompt-init-text is empty.")
-        if self.eval_steps and not (self.eval_file or self.eval_split or self.eval_share):
-            raise UserError("--eval-steps goes with held-out data, and --eval-share 0 holds out none.")
+        for steps, per_epoch in FREQUENCIES.items():
+            if getattr(self, steps) and getattr(self, per_epoch):
+                raise UserError(f"{option(steps)} and {option(per_epoch)} exclude each other.")
+        if not (self.eval_file or self.eval_split or self.eval_share):
+            for name in ("eval_steps", "evals_per_epoch"):
+                if getattr(self, name):
+                    raise UserError(
+                        f"{option(name)} goes with held-out data, and --eval-share 0 holds out none."
+                    )
+        if self.attn_implementation in FLASH and self.dtype == "fp32":
+            raise UserError(
+                f"--attn-implementation {self.attn_implementation} computes in 16 bits: it goes with --dtype bf16."
+            )
         if self.method == "prefix" and self.gradient_checkpointing and self.backend == "peft":
             raise MethodError(
                 "PEFT cannot checkpoint a prefix: --method prefix with --gradient-checkpointing goes with "
@@ -374,6 +408,11 @@ class TrainSettings:
         rate = self.learning_rate or LEARNING_RATES[self.method]
         share = EMBEDDING_SHARE if self.method != "full" else 1
         return rate, self.embedding_learning_rate or share * rate
+
+    @property
+    def saves(self) -> bool:
+        """Whether the run writes checkpoints."""
+        return bool(self.save_steps or self.saves_per_epoch)
 
     @property
     def expert_share(self) -> float | None:

@@ -39,7 +39,7 @@ from peftfast.cli.errors import UserError
 from peftfast.cli.experts import experts_of
 from peftfast.cli.load import describe, expert_load, recorded
 from peftfast.cli.model import is_local_model, load_model, load_tokenizer, return_freed_memory
-from peftfast.cli.processes import check_launch, joined, together
+from peftfast.cli.processes import check_launch, joined, rank, together
 from peftfast.cli.records import check_raw_text, read_records
 from peftfast.cli.settings import BITSANDBYTES_OPTIMIZERS, DTYPES, TrainSettings, option
 
@@ -167,6 +167,10 @@ def train(settings: TrainSettings, console: Console | None = None) -> TrainResul
         from peftfast.cli.trainer import check_bitsandbytes
 
         check_bitsandbytes(settings.optimizer)
+    if settings.report_to != "none":
+        from peftfast.cli.trainer import check_reports
+
+        check_reports(settings.report_to)
     with together(), console.status("Loading the model"):
         tokenizer = load_tokenizer(settings.model, local)
         if settings.chat_template:
@@ -175,7 +179,11 @@ def train(settings: TrainSettings, console: Console | None = None) -> TrainResul
         if checkpoint:
             check_fingerprint(checkpoint, fingerprint(settings, examples, held_out))
         model = load_model(
-            settings.model, methods.weights_dtype(settings), local, methods.four_bit_config(settings)
+            settings.model,
+            methods.weights_dtype(settings),
+            local,
+            methods.four_bit_config(settings),
+            settings.attn_implementation,
         )
         methods.check_quantization(settings, model)
     try:
@@ -244,7 +252,7 @@ def _fine_tune(
         model = adapted.model
         is_first = PartialState().is_main_process
         with together():
-            if is_first and (settings.save_steps or checkpoint or checkpoints.newest()):
+            if is_first and (settings.saves or checkpoint or checkpoints.newest()):
                 stack.enter_context(checkpoints.opened())
                 if not checkpoint:
                     checkpoints.forget()
@@ -277,7 +285,7 @@ def _fine_tune(
         else:
             with methods.before_training(model):
                 before, _ = _evaluate(trainer, tokenizer, held_out, console) if is_first else (None, [])
-        if settings.save_steps:
+        if settings.saves:
             run.told["fingerprint"] = fingerprint(settings, examples, held_out)
             run.told["before"] = before and dataclasses.asdict(before)
         reset_peak_memory()
@@ -522,7 +530,8 @@ def _folder_written_at_once(settings: TrainSettings, checkpoints: Checkpoints) -
         check_output(settings)
         folder.chmod(0o777 & ~_umask())
         for path in folder.iterdir():  # safetensors lets its owner alone read a file
-            path.chmod(0o666 & ~_umask())
+            if path.is_file():
+                path.chmod(0o666 & ~_umask())
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=beside) as aside:
             if out.exists():
@@ -603,17 +612,21 @@ def command(context: Context, config: Path | None = None, **options) -> None:
     chosen experts."""
     # What one library tells another about its next version is no news to the user.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    told = read_config(config) if config else {}
-    told |= {
+    given = {
         name: value for name, value in options.items() if context.get_parameter_source(name).name != "DEFAULT"
     }
+    told, unused = read_config(config, given.get("model")) if config else ({}, [])
+    told |= given
     for field in dataclasses.fields(TrainSettings):
         if field.default is dataclasses.MISSING and field.name not in told:
             raise UserError(
                 f"Missing option '{option(field.name)}'{f', or {field.name} in {config}' if config else ''}."
             )
-    console = Console()
-    result = train(TrainSettings(**told), console)
+    settings = TrainSettings(**told)
+    console = Console(quiet=rank() != 0)
+    if unused:
+        console.print(f"These keys change nothing here: {', '.join(unused)}.", highlight=False)
+    result = train(settings, console)
     if result is not None:
         show(result, console)
         if not Path(result.settings["out"], PICTURE_FILE).exists():

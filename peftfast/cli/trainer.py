@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from peftfast.cli.checkpoints import PROFILE_FILE, Checkpoint, Checkpoints, written
 from peftfast.cli.data import IGNORED
@@ -298,9 +299,17 @@ def perplexity(loss: float) -> float:
 def training_arguments(settings: TrainSettings, folder: Path, examples: int) -> TrainingArguments:
     """Return Trainer's arguments for a run on so many examples."""
     batches = math.ceil(examples / (settings.micro_batch_size * PartialState().num_processes))
-    steps = settings.max_steps or math.ceil(
-        settings.epochs * math.ceil(batches / settings.gradient_accumulation_steps)
-    )
+    epoch = math.ceil(batches / settings.gradient_accumulation_steps)
+    steps = settings.max_steps or math.ceil(settings.epochs * epoch)
+    warmup_steps = settings.warmup_steps
+    if warmup_steps is None:
+        warmup_steps = math.ceil(settings.warmup_ratio * steps)
+
+    def every(steps: int | None, per_epoch: int | None) -> int | None:
+        return math.ceil(epoch / per_epoch) if per_epoch else steps
+
+    eval_steps = every(settings.eval_steps, settings.evals_per_epoch)
+    save_steps = every(settings.save_steps, settings.saves_per_epoch)
     autocast = settings.method == "full" and settings.dtype == "bf16"
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -313,7 +322,7 @@ def training_arguments(settings: TrainSettings, folder: Path, examples: int) -> 
         max_steps=settings.max_steps or -1,
         learning_rate=settings.learning_rates[0],
         lr_scheduler_type=settings.lr_scheduler_type,
-        warmup_steps=math.ceil(settings.warmup_ratio * steps),
+        warmup_steps=warmup_steps,
         optim=settings.optimizer,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
@@ -322,11 +331,11 @@ def training_arguments(settings: TrainSettings, folder: Path, examples: int) -> 
         logging_steps=settings.logging_steps or max(1, steps // 50),
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="non_padding",
-        eval_strategy="steps" if settings.eval_steps else "no",
-        eval_steps=settings.eval_steps,
-        save_strategy="steps" if settings.save_steps else "no",
-        save_steps=settings.save_steps or 500,
-        report_to="none",
+        eval_strategy="steps" if eval_steps else "no",
+        eval_steps=eval_steps,
+        save_strategy="steps" if save_steps else "no",
+        save_steps=save_steps or 500,
+        report_to=_names(settings.report_to),
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
@@ -335,6 +344,20 @@ def training_arguments(settings: TrainSettings, folder: Path, examples: int) -> 
     # One process trains on one GPU: several would multiply the batch by replicas, which torchrun does better.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def _names(report_to: str) -> list[str]:
+    return [name.strip() for name in report_to.split(",")]
+
+
+def check_reports(report_to: str) -> None:
+    """Raise UserError unless Trainer knows what --report-to names, and its libraries are there."""
+    for name in _names(report_to):
+        try:
+            [callback] = get_reporting_integration_callbacks([name])
+            callback()
+        except Exception as error:  # whatever a library raises that is missing or not set up
+            raise UserError(f"--report-to {name}: {first_sentence(error)}.") from error
 
 
 def check_bitsandbytes(optimizer: str) -> None:
