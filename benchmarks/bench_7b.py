@@ -76,6 +76,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OlmoeConfig, Pretrai
 
 import peftfast
 from peftfast import testing
+from peftfast.cli.errors import is_out_of_memory
 from peftfast.cli.model import return_freed_memory
 from peftfast.integrations.experts import FourBitExperts, is_experts, projections, quantize_experts, weight_of
 from peftfast.nn import Linear4bit, quantize_embeddings
@@ -346,7 +347,9 @@ def run_limited(
     point = partial(point_of, options, name, config, dtype, memory_limit=limit)
     try:
         model = build(config, options, DTYPES[dtype], None)
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         skipped = {"ours": not options.compare, "skipped": "the model does not fit", "longest_tokens": 0}
         return [{"point": asdict(point(LIMITED_TOKENS)), "implementations": {contender: skipped}}]
     step_on = trainer(model, options)
@@ -357,7 +360,9 @@ def run_limited(
             with context():
                 step_on(tokens)()
             return True
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             return False
         finally:
             model.zero_grad()
