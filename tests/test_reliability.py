@@ -28,6 +28,7 @@ from peftfast.cli.config_file import read_config
 from peftfast.cli.errors import UserError
 from peftfast.cli.merge import merge
 from peftfast.cli.model import load_config, load_model
+from peftfast.cli.plan import PlanSettings, plan
 from peftfast.cli.records import read_records
 from peftfast.integrations.conversion import convert
 from peftfast.nn import quantize_linears
@@ -237,6 +238,9 @@ def test_corrupt_configurations(adapter, tmp_path, name, draw):
     shutil.rmtree(out, ignore_errors=True)
     if name == "base":
         refused_or_done(load_config, str(folder))
+        layers = (config | changed).get("num_hidden_layers")
+        if not isinstance(layers, int) or layers <= 8:  # each of more would be made
+            refused_or_done(plan, PlanSettings(str(folder), sequence_len=16))
     else:
         refused_or_done(merge, folder, out, str(adapter.parent / "base"))
         assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
