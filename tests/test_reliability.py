@@ -104,6 +104,20 @@ print(psutil.Process().memory_info().rss - before)
     assert int(ran.stdout) < 40 * 2**20  # of the 240 MiB
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells what is mapped")
+def test_a_dense_checkpoint_is_let_go_of_once_it_is_quantized(adapter):
+    """Else its pages are memory of the process, beside the same weights in 4 bits."""
+
+    def is_mapped():
+        return str(adapter.parent / "base/model.safetensors") in Path("/proc/self/maps").read_text()
+
+    dense = load_model(str(adapter.parent / "base"), "float32", True)
+    assert is_mapped()  # so that the test can fail
+    del dense
+    model = load_model(str(adapter.parent / "base"), "float32", True, peftfast.FourBitConfig())
+    assert peftfast.report(model).fourbit and not is_mapped()
+
+
 def test_two_models_train_in_two_threads_as_each_does_alone():
     """Without dropout, whose seeds come from torch's one generator of the process."""
 
