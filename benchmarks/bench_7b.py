@@ -12,10 +12,11 @@ backward with every decoder layer checkpointed (unless --no-checkpointing), Adam
 - with --compare: one model on `bitsandbytes.nn.Linear4bit`, or a dense one, timed in turn as "stock" (PEFT,
   transformers and bitsandbytes as they are) and as "peftfast" (the same model, as above). By how much memory grows in
   a step of either is measured, too.
-- with --memory-limit, on a GPU: for each limit the longest sequence that a step goes through with, found by trying, and
-  the speed there and at 2048 tokens. The limit is that of all that the process has on the GPU: the CUDA context, which
-  is measured, and torch's allocator, which gets the rest. With --compare "stock" is tried too, in a process of its own,
-  but without --embeddings and --activation-offloading, which it does not have.
+- with --memory-limit, on a GPU: for each limit the longest sequence that a step goes through with, found by trying (0:
+  the model or 256 tokens do not fit), and the speed and the allocator's peak there and at 2048 tokens. The limit is
+  that of all that the process has on the GPU: the CUDA context, which is measured, and torch's allocator, which gets
+  the rest. With --compare "stock" is tried too, in a process of its own, but without --embeddings and
+  --activation-offloading, which it does not have.
 
 Usage:
 
@@ -76,6 +77,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OlmoeConfig, Pretrai
 
 import peftfast
 from peftfast import testing
+from peftfast.cli.errors import is_out_of_memory
 from peftfast.cli.model import return_freed_memory
 from peftfast.integrations.experts import FourBitExperts, is_experts, projections, quantize_experts, weight_of
 from peftfast.nn import Linear4bit, quantize_embeddings
@@ -336,7 +338,10 @@ def point_of(
 def run_limited(
     options: argparse.Namespace, name: str, dtype: str, limit: str, ceilings: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """The rows of one model in so much of a GPU's memory, as "stock" or "peftfast": of 2048 tokens, and of the most."""
+    """The rows of one model in so much of a GPU's memory, as "stock" or "peftfast": of 2048 tokens, and of the most.
+
+    Where nothing fits there is one row, which says so.
+    """
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     limit_memory(gigabytes(limit))
     torch.manual_seed(0)
@@ -344,12 +349,25 @@ def run_limited(
     contender = "stock" if options.compare else "peftfast"
     context = contextlib.nullcontext if options.compare else partial(peftfast.enabled, strict=True)
     point = partial(point_of, options, name, config, dtype, memory_limit=limit)
+
+    def nothing(reason: str) -> list[dict[str, Any]]:
+        skipped = {"ours": not options.compare, "skipped": reason, "longest_tokens": 0}
+        return [{"point": asdict(point(LIMITED_TOKENS)), "implementations": {contender: skipped}}]
+
     try:
         model = build(config, options, DTYPES[dtype], None)
-    except torch.OutOfMemoryError:
-        skipped = {"ours": not options.compare, "skipped": "the model does not fit", "longest_tokens": 0}
-        return [{"point": asdict(point(LIMITED_TOKENS)), "implementations": {contender: skipped}}]
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return nothing("the model does not fit")
     step_on = trainer(model, options)
+
+    def give_back() -> None:
+        """Leaves nothing of a step on the GPU, and has its peak count from here on."""
+        model.zero_grad()
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
     def fits(tokens: int) -> bool:
         STDERR.print(f"{name} in {limit}, {contender}: {tokens} tokens", highlight=False)
@@ -357,20 +375,24 @@ def run_limited(
             with context():
                 step_on(tokens)()
             return True
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             return False
         finally:
-            model.zero_grad()
-            gc.collect()
-            torch.cuda.empty_cache()
+            give_back()
 
     rows, most = [], longest(fits, config.max_position_embeddings)
-    for tokens in sorted({min(LIMITED_TOKENS, most), most} - {0}):
+    if most == 0:
+        return nothing(f"{min(PROBED, config.max_position_embeddings)} tokens do not fit")
+    for tokens in sorted({min(LIMITED_TOKENS, most), most}):
+        give_back()
         work = work_of(model, tokens, options, None)
         step = Contender(step_on(tokens), **work, ours=not options.compare, context=context)
         row = measure(
             asdict(point(tokens)), {contender: step}, ceilings,
-            cap=options.cap, budget=0.0, repeats=options.steps, warmup=0, least=options.steps, cuda=True,
+            cap=options.cap, budget=0.0, repeats=options.steps, warmup=0, least=options.steps,
+            cuda=options.device == "cuda",
         )  # fmt: skip
         it = row["implementations"][contender]
         it |= {"longest_tokens": most, "peak_bytes": torch.cuda.max_memory_reserved()}
@@ -473,24 +495,40 @@ def acceptance(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def limited_acceptance(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """The bars of small cards, for Llama-3.1-8B with rank 32, with what this run has seen of them."""
+    """The bars of small cards, for Llama-3.1-8B in 4 bits with rank 32, with what this run has seen of them."""
     bars = {"8GB": 6_000, "24GB": 90_000}
-    found = {
-        row["point"]["memory_limit"]: row["implementations"]["peftfast"]["longest_tokens"]
-        for row in rows
-        if row["point"]["model"] == "llama-3.1-8b"
-        and row["point"]["rank"] == 32
-        and "peftfast" in row["implementations"]
+    # By limit and dtype: of each contender the longest sequence, and the tokens per second at 2048.
+    lengths: dict[tuple, dict[str, int]] = {}
+    speeds: dict[tuple, dict[str, float]] = {}
+    for row in rows:
+        point = Point(**row["point"])
+        whole = point.layers == CONFIGS[point.model]().num_hidden_layers
+        if point.model != "llama-3.1-8b" or not whole or point.rank != 32 or point.dense:
+            continue
+        case = point.memory_limit, point.dtype
+        for contender, it in row["implementations"].items():
+            lengths.setdefault(case, {})[contender] = it["longest_tokens"]
+            if point.tokens == LIMITED_TOKENS and point.checkpointing and "tokens_per_second" in it:
+                speeds.setdefault(case, {})[contender] = it["tokens_per_second"]
+    ratios = {
+        f"{limit} {dtype}": found["peftfast"] / found["stock"]
+        for (limit, dtype), found in speeds.items()
+        if len(found) == 2
     }
-    return [
-        verdict(
-            f"Llama-3.1-8B in {limit}: longest sequence",
-            f"at least {bar} tokens",
-            [f"{found[limit]} tokens"] if limit in found else [],
-            [found[limit] >= bar] if limit in found else [],
-        )
-        for limit, bar in bars.items()
-    ]
+    lines = []
+    for limit, bar in bars.items():
+        those = [it for (of, _), it in lengths.items() if of == limit and "peftfast" in it]
+        seen = [", ".join(f"{contender} {tokens} tokens" for contender, tokens in it.items()) for it in those]
+        reached = [it["peftfast"] >= bar for it in those]
+        what = f"Llama-3.1-8B in {limit}: longest sequence"
+        lines.append(verdict(what, f"at least {bar} tokens", seen, reached))
+    speed = verdict(
+        f"Llama-3.1-8B, {LIMITED_TOKENS} tokens, against PEFT + bitsandbytes + SDPA + checkpointing: tokens/s",
+        "at least 2 x",
+        [f"{case}: {ratio:.2f} x" for case, ratio in ratios.items()],
+        [ratio >= 2 for ratio in ratios.values()],
+    )
+    return [*lines, speed]
 
 
 # ------------------------------------------------------------------------------------------ command line

@@ -384,7 +384,7 @@ class Record:
             ]
             for row in self.rows
             for name, it in row["implementations"].items()
-            if it["ours"]
+            if it["ours"] and "skipped" not in it
         ]
         return headers, lines
 
@@ -472,6 +472,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "saved_bytes": ("saved", _bytes_cell),
     "peak_bytes": ("peak", _bytes_cell),
     "tokens_per_second": ("tokens/s", "{:.4g}".format),
+    "longest_tokens": ("longest", "{} tokens".format),
     "peak_rss": ("peak RSS", lambda count: f"{count / 1e9:.2f} GB"),
 }
 

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import peftfast
@@ -265,10 +266,51 @@ def test_bench_lists_what_failed_and_gathers_the_rest(benchmarks, tmp_path, caps
     assert pictures == ({"speed.png", "memory.png"} if has_matplotlib else set())
 
 
-def test_bench_refuses_bad_arguments(benchmarks, tmp_path, capsys):
+WRITES = """
+import json, sys{options}
+with open(sys.argv[sys.argv.index("--json") + 1], "w") as file:
+    json.dump({record!r}, file)
+"""
+
+
+@pytest.mark.parametrize("size", ["--quick", "--full"])
+def test_bench_hands_the_device_to_those_that_have_one(benchmarks, tmp_path, monkeypatch, size):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, options in {"good": "  # parser_of(", "7b": '  # add("--device"', "plan": ""}.items():
+        (benchmarks / f"bench_{name}.py").write_text(WRITES.format(options=options, record=RECORD))
+    out = tmp_path / "out"
+    assert run("bench", "--out", out, size, "--device", "cuda", "--only", "good,7b,plan") == 0
+    found = json.loads((out / "bench.json").read_text())["benchmarks"]
+    told = {name: outcome["command"].split(" --json")[0].split()[2:] for name, outcome in found.items()}
+    assert {name: "cuda" in words for name, words in told.items()} == {
+        "good": True,
+        "7b": True,
+        "plan": False,
+    }
+    assert told["7b"][-3:] == ["--compare", "--device", "cuda"]
+
+
+def test_the_quick_training_step_is_compared(tmp_path):
+    """The real benchmark, as the quick run has it: its record has a rival to draw."""
+    pytest.importorskip("bitsandbytes")
+    outcomes = bench.run_benchmarks(
+        ["7b"], tmp_path / "out", Console(quiet=True), full=False, budget=None, limit=300
+    )
+    assert outcomes["7b"].status == "done", outcomes["7b"].reason
+    assert set(bench.ratios(outcomes["7b"].record)[0]) == {"stock"}
+
+
+def test_bench_refuses_bad_arguments(benchmarks, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     assert "there are bad, endless, good" in refusal(capsys, "bench", "--out", out, "--only", "fast")
     assert "--budget is a positive number" in refusal(capsys, "bench", "--out", out, "--budget", -1)
+    assert "--device is one of cpu, cuda, not 'gpu'." in refusal(
+        capsys, "bench", "--out", out, "--device", "gpu"
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        sentence = refusal(capsys, "bench", "--out", out, "--device", "cuda")
+        assert "--device cuda: torch sees no CUDA device here." in sentence
     assert "exists: choose a new folder" in refusal(capsys, "bench", "--out", benchmarks)
     with pytest.raises(UserError, match="part of peftfast's source"):
         bench.available.__defaults__[0](tmp_path / "nowhere")

@@ -2,6 +2,8 @@
 
 import weakref
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -312,3 +314,94 @@ def test_the_benchmark_finds_the_longest_sequence(room, most, monkeypatch):
     found = longest(lambda tokens: tried.append(tokens) or tokens <= room, most)
     assert found <= min(room, most) <= found + max(PROBED, found // 32)
     assert max(tried) <= most and len(tried) == len(set(tried)) < 30
+
+
+@pytest.fixture
+def bench_7b(monkeypatch):
+    """The benchmark, with a GPU that takes `room` tokens, or not even the model where that is None."""
+    pytest.importorskip("psutil")
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    import bench_7b
+
+    def build(*arguments, build=bench_7b.build):
+        if bench_7b.room is None:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return build(*arguments)
+
+    def trainer(*arguments, trainer=bench_7b.trainer):
+        step_on = trainer(*arguments)
+
+        def limited(tokens):
+            def step():
+                if tokens > bench_7b.room:
+                    raise RuntimeError("CUDA out of memory. peftfast tried to allocate 8 bytes.")
+                bench_7b.peak = max(bench_7b.peak, tokens)
+                step_on(tokens)()
+
+            return step
+
+        return limited
+
+    def reset():
+        bench_7b.peak = 0
+
+    monkeypatch.setattr(bench_7b, "build", build)
+    monkeypatch.setattr(bench_7b, "trainer", trainer)
+    monkeypatch.setattr(bench_7b, "limit_memory", lambda limit: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: bench_7b.peak)
+    monkeypatch.setattr(bench_7b, "LIMITED_TOKENS", 64)
+    monkeypatch.setattr(bench_7b, "PROBED", 16)
+    monkeypatch.setattr(bench_7b, "peak", 0, raising=False)
+    monkeypatch.setattr(bench_7b, "room", None, raising=False)
+    return bench_7b
+
+
+@pytest.mark.parametrize(
+    "room, longest, reason",
+    [(None, 0, "the model does not fit"), (5, 0, "16 tokens do not fit"), (40, 32, None), (100, 96, None)],
+)
+def test_the_benchmark_records_what_fits(bench_7b, monkeypatch, room, longest, reason):
+    bench_7b.room = room
+    options = bench_7b.parse(["--model", "tiny"])
+    ceilings = {"bandwidth": {"bytes_per_second": 1e9}, "fp32": {"flops_per_second": 1e9}}
+    rows = bench_7b.run_limited(options, "tiny", "fp32", "8GB", ceilings)
+    if longest == 0:
+        assert [row["implementations"] for row in rows] == [
+            {"peftfast": {"ours": True, "skipped": reason, "longest_tokens": 0}}
+        ]
+    else:
+        sizes = [64, longest] if longest > 64 else [longest]
+        found = [(row["point"]["tokens"], row["implementations"]["peftfast"]["peak_bytes"]) for row in rows]
+        assert found == [(size, size) for size in sizes]  # the peak of each alone
+        assert {row["implementations"]["peftfast"]["longest_tokens"] for row in rows} == {longest}
+    record = bench_7b.Record("7b-limited", bench_7b.machine_facts("cpu"), {}, rows)
+    assert len(record.table()[1]) == (0 if longest == 0 else len(rows))
+
+
+def limited_row(bench_7b, contender, tokens, longest, speed=None, **changed):
+    """What `run_limited` finds of Llama-3.1-8B in 8 GB."""
+    point = bench_7b.Point("llama-3.1-8b", 32, "bf16", tokens, False, True, rank=32, memory_limit="8GB")
+    found = {"ours": contender == "peftfast", "longest_tokens": longest}
+    found |= {"skipped": "no"} if speed is None else {"tokens_per_second": speed}
+    return {"point": asdict(replace(point, **changed)), "implementations": {contender: found}}
+
+
+def test_bars_of_small_cards_are_judged_where_they_were_measured(bench_7b, monkeypatch):
+    monkeypatch.setattr(bench_7b, "LIMITED_TOKENS", 2048)
+    row = partial(limited_row, bench_7b)
+
+    def verdicts(*rows):
+        return [line["verdict"] for line in bench_7b.limited_acceptance(list(rows))]
+
+    ours = row("peftfast", 2048, 6100, 400.0)
+    none, reached = "not in this run", "reached"
+    assert verdicts() == [none] * 3
+    assert verdicts(ours) == [reached, none, none]
+    assert verdicts(ours, row("stock", 2048, 0)) == [reached, none, none]  # it ran out of memory
+    assert verdicts(ours, row("stock", 700, 700, 300.0)) == [reached, none, none]
+    assert verdicts(ours, row("stock", 2048, 2100, 200.0)) == [reached, none, reached]
+    assert verdicts(ours, row("stock", 2048, 2100, 201.0)) == [reached, none, "not reached"]
+    assert verdicts(ours, row("stock", 2048, 2100, 200.0, checkpointing=False)) == [reached, none, none]
+    assert verdicts(row("peftfast", 2048, 9000, 400.0, layers=8)) == [none] * 3
+    assert verdicts(row("peftfast", 2048, 0)) == ["not reached", none, none]

@@ -3,8 +3,10 @@
 import contextlib
 import json
 import math
+import re
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from peftfast.cli.plan import GPUS, PlanSettings, plan
 from peftfast.cli.plan import _Run as Run
 from peftfast.integrations import offload
 from peftfast.nn import quantize_linears
+from peftfast.ops import loss
 from peftfast.testing import bytes_saved_for_backward
 
 HIDDEN, INNER, LAYERS, VOCABULARY = 64, 96, 5, 200
@@ -221,6 +224,33 @@ def test_accumulated_gradients_are_there_throughout(llama):
     assert plan(once).memory.gradients < memory.gradients
 
 
+@pytest.mark.parametrize("gpu, chunk", [(None, loss.CHUNK_BYTES_CPU), ("80GB", loss.CHUNK_BYTES)])
+def test_logits_are_those_of_the_device_that_is_planned(tmp_path, gpu, chunk):
+    vocabulary, tokens = 100_000, 2048
+    LlamaConfig(
+        vocab_size=vocabulary, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=1, num_attention_heads=4
+    ).save_pretrained(tmp_path)  # fmt: skip
+    found = plan(PlanSettings(str(tmp_path), sequence_len=tokens), gpu).memory.logits
+    assert chunk - 2 * vocabulary <= found - 2 * tokens * HIDDEN <= 1.02 * chunk
+
+
+@pytest.mark.parametrize(
+    "dtype, tokens, inner, decoded",
+    [("bf16", 512, 4096, True), ("bf16", 496, 4096, False), ("fp32", 512, 4096, False), ("bf16", 496, 4104, True)],
+    ids=["many rows", "few rows", "fp32", "rows of no whole blocks"],
+)  # fmt: skip
+def test_a_gpu_decodes_weights_for_many_rows(tmp_path, dtype, tokens, inner, decoded):
+    """As csrc/cuda/linear.cu does; most memory is then taken while the largest weight is decoded."""
+    LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=2048, intermediate_size=inner, num_hidden_layers=1, num_attention_heads=4
+    ).save_pretrained(tmp_path)  # fmt: skip
+    settings = PlanSettings(str(tmp_path), "qlora", dtype=dtype, sequence_len=tokens, target_modules="q_proj")
+    step = Run(load_config(settings.model), settings).dry_run.step
+    cpu, gpu = (sum(step(1, tokens, checkpointing=True, on_gpu=on).values()) for on in (False, True))
+    size = 2 * 2048 * inner if decoded else 0
+    assert 0.7 * size <= gpu - cpu <= size
+
+
 # ---- what fits ----------------------------------------------------------------------------------------------
 
 
@@ -318,6 +348,21 @@ def test_a_model_in_four_bits_cannot_be_planned_dense(tmp_path):
     assert [way.changes for way in found.choices] == [{"checkpointing": False}, {}]
     twice = plan(PlanSettings(str(tmp_path), "qlora", sequence_len=64)).memory.weights["nf4"]
     assert twice == found.memory.weights["nf4"]
+
+
+@pytest.mark.parametrize(
+    "changed, sentence",
+    [
+        ({"vocab_size": 0}, "the model cannot be built: model.embed_tokens.weight has no elements"),
+        ({"hidden_size": 0}, "the model cannot be built: model.embed_tokens.weight has no elements"),
+        ({"head_dim": 3}, "the model cannot run a training step: "),
+    ],
+)
+def test_a_configuration_that_cannot_train_is_refused(llama, tmp_path, changed, sentence):
+    config = json.loads(Path(llama, "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changed))
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        plan(PlanSettings(str(tmp_path), sequence_len=64))
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):

@@ -29,6 +29,7 @@ from peftfast.cli.config_file import read_config
 from peftfast.cli.errors import UserError
 from peftfast.cli.merge import merge
 from peftfast.cli.model import load_config, load_model
+from peftfast.cli.plan import PlanSettings, plan
 from peftfast.cli.records import read_records
 from peftfast.integrations.conversion import convert
 from peftfast.nn import quantize_linears
@@ -109,6 +110,20 @@ def test_out_of_memory_is_said_to_be_that(strided):
     gate = torch.zeros(1, 8).expand(2**46, 8)[:, :: 2 if strided else 1]
     with pytest.raises(RuntimeError, match="Out of memory. peftfast tried to allocate"):
         peftfast.ops.swiglu(gate, gate)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells what is mapped")
+def test_a_dense_checkpoint_is_let_go_of_once_it_is_quantized(adapter):
+    """Else its pages are memory of the process, beside the same weights in 4 bits."""
+
+    def is_mapped():
+        return str(adapter.parent / "base/model.safetensors") in Path("/proc/self/maps").read_text()
+
+    dense = load_model(str(adapter.parent / "base"), "float32", True)
+    assert is_mapped()  # so that the test can fail
+    del dense
+    model = load_model(str(adapter.parent / "base"), "float32", True, peftfast.FourBitConfig())
+    assert peftfast.report(model).fourbit and not is_mapped()
 
 
 def test_two_models_train_in_two_threads_as_each_does_alone():
@@ -245,6 +260,9 @@ def test_corrupt_configurations(adapter, tmp_path, name, draw):
     shutil.rmtree(out, ignore_errors=True)
     if name == "base":
         refused_or_done(load_config, str(folder))
+        layers = (config | changed).get("num_hidden_layers")
+        if not isinstance(layers, int) or layers <= 8:  # each of more would be made
+            refused_or_done(plan, PlanSettings(str(folder), sequence_len=16))
     else:
         refused_or_done(merge, folder, out, str(adapter.parent / "base"))
         assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

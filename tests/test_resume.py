@@ -27,7 +27,7 @@ import peftfast
 from peftfast.cli import main, trainer
 from peftfast.cli import train as train_module
 from peftfast.cli.checkpoints import Checkpoints
-from peftfast.cli.errors import UserError
+from peftfast.cli.errors import UserError, is_out_of_memory
 from peftfast.cli.progress import LINES, ProgressBar
 from peftfast.cli.settings import OPTIMIZERS, TrainSettings
 from peftfast.cli.train import LOG_FILE, PICTURE_FILE, RESULT_FILE, train
@@ -510,6 +510,7 @@ def test_a_place_that_cannot_be_written_is_named_before_training(settings, tmp_p
     [
         torch.OutOfMemoryError("CUDA out of memory."),
         RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
     ],
 )
 def test_out_of_memory_says_what_takes_less(settings, monkeypatch, tmp_path, capsys, error):
@@ -520,6 +521,20 @@ def test_out_of_memory_says_what_takes_less(settings, monkeypatch, tmp_path, cap
     message = refusal(capsys, *arguments(settings()))
     assert "memory ran out: lower --micro-batch-size 2 or --sequence-len 1024, or pass --gradient-" in message
     assert [path.name for path in tmp_path.iterdir()] == ["words.jsonl"]
+
+
+def test_out_of_memory_is_known_by_its_words():
+    with pytest.raises(RuntimeError) as real:
+        torch.empty(2**50)
+    words = [
+        "CUDA out of memory. peftfast tried to allocate 1024 bytes.",
+        "Out of memory: peftfast cannot allocate a panel.",
+        "DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.",
+    ]
+    errors = [real.value, MemoryError(), torch.OutOfMemoryError(), *map(RuntimeError, words)]
+    assert all(map(is_out_of_memory, errors))
+    others = [RuntimeError("the shapes do not match"), ValueError("out of memory"), KeyboardInterrupt()]
+    assert not any(map(is_out_of_memory, others))
 
 
 def test_divergence_keeps_the_last_good_checkpoint(settings, monkeypatch, tmp_path, capsys):

@@ -21,8 +21,13 @@ from typer import Exit, Option
 from peftfast.cli.errors import UserError, first_sentence
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-# What --quick means for a benchmark that has no such option.
-QUICK = {"7b": ["--model", "tiny", "--tokens", "64", "--steps", "3"], "plan": ["--only", "0", "1", "2", "3"]}
+# What --quick and --full mean for a benchmark that has no such options; a training step is one beside a rival's.
+QUICK = {
+    "7b": ["--model", "tiny", "--tokens", "64", "--steps", "3", "--compare"],
+    "plan": ["--only", "0", "1", "2", "3"],
+}
+FULL = {"7b": ["--compare"]}
+DEVICES = ("cpu", "cuda")
 RECORD_FILE, TABLE_FILE, SPEED_FILE, MEMORY_FILE = "bench.json", "bench.md", "speed.png", "memory.png"
 BYTES = ("saved_bytes", "peak_bytes", "peak_rss")  # of an implementation in a record
 
@@ -45,7 +50,14 @@ class Outcome:
 
 
 def run_benchmarks(
-    names: list[str], out: Path, console: Console, *, full: bool, budget: float | None, limit: float
+    names: list[str],
+    out: Path,
+    console: Console,
+    *,
+    full: bool,
+    budget: float | None,
+    limit: float,
+    device: str = "cpu",
 ) -> dict[str, Outcome]:
     """Run the benchmarks one after the other, and write record, table and pictures to `out` as they come.
 
@@ -53,12 +65,13 @@ def run_benchmarks(
         names: of `available`.
         budget: seconds for the timed rounds of one point; None: as each benchmark has it.
         limit: seconds that one benchmark may take.
+        device: of those that can run on a GPU; the others are of the CPU.
     """
     out.mkdir(parents=True, exist_ok=True)
     outcomes = {}
     for number, name in enumerate(names, 1):
         with console.status(f"[{number}/{len(names)}] {name}"):
-            outcomes[name] = _run(name, out.absolute() / f"{name}.json", full, budget, limit)
+            outcomes[name] = _run(name, out.absolute() / f"{name}.json", full, budget, limit, device)
         found = outcomes[name]
         console.print(
             f"[{number}/{len(names)}] {name}: {found.status} after {found.seconds:.0f} s"
@@ -84,11 +97,13 @@ def available(folder: Path = FOLDER) -> list[str]:
     return sorted(path.stem.removeprefix("bench_") for path in folder.glob("bench_*.py"))
 
 
-def _run(name: str, record: Path, full: bool, budget: float | None, limit: float) -> Outcome:
+def _run(name: str, record: Path, full: bool, budget: float | None, limit: float, device: str) -> Outcome:
     script = FOLDER / f"bench_{name}.py"
     source = script.read_text(encoding="utf-8")
     has_options = "parser_of(" in source  # the options that benchmarks of single calls have in common
-    arguments = [] if full else ["--quick"] if has_options else QUICK.get(name, [])
+    arguments = FULL.get(name, []) if full else ["--quick"] if has_options else QUICK.get(name, [])
+    if has_options or '"--device"' in source:
+        arguments = [*arguments, "--device", device]
     if budget is not None and has_options:
         arguments = [*arguments, "--budget", f"{budget:g}"]
     arguments = [*arguments, "--json", str(record)]
@@ -256,6 +271,7 @@ def command(
         float | None, Option(help="Seconds for the timed rounds of one point; by default as each has it.")
     ] = None,
     time_limit: Annotated[float, Option(help="Minutes that one benchmark may take.")] = 60.0,
+    device: Annotated[str, Option(help="Of the benchmarks that can run on a GPU: cpu or cuda.")] = "cpu",
 ) -> None:
     """Run all benchmarks of a source checkout and gather one record, a Markdown table and pictures."""
     names = available()
@@ -263,6 +279,13 @@ def command(
     for name in chosen:
         if name not in names:
             raise UserError(f"--only {name}: there is no such benchmark; there are {', '.join(names)}.")
+    if device not in DEVICES:
+        raise UserError(f"--device is one of {', '.join(DEVICES)}, not {device!r}.")
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda: torch sees no CUDA device here.")
     for option, value in {"--budget": budget, "--time-limit": time_limit}.items():
         if value is not None and not (math.isfinite(value) and value > 0):
             raise UserError(f"{option} is a positive number, not {value}.")
@@ -270,7 +293,9 @@ def command(
         raise UserError(f"--out {out} exists: choose a new folder.")
     console = Console()
     try:
-        outcomes = run_benchmarks(chosen, out, console, full=full, budget=budget, limit=60 * time_limit)
+        outcomes = run_benchmarks(
+            chosen, out, console, full=full, budget=budget, limit=60 * time_limit, device=device
+        )
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {first_sentence(error)}.") from error
     table = Table(title="benchmarks", title_justify="left")

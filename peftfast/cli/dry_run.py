@@ -3,7 +3,8 @@
 torch's FakeTensorMode gives a tensor a shape, a dtype and a device but no storage. peftfast's operators, which have
 told torch what they return and keep for backward, run in it as torch's own do. So what a step allocates, and for how
 long, comes from the code that will train, whatever the architecture. What an operator needs within itself for the
-length of its call is not seen: of peftfast's a panel of the weight per thread, in the cache.
+length of its call is not seen: of peftfast's on the CPU a panel of the weight per thread, in the cache; on a GPU the
+adapters' factors and products with them, which are small, and 4-bit weights decoded for many rows, which are added.
 """
 
 from __future__ import annotations
@@ -29,8 +30,12 @@ from peftfast.integrations import bases
 from peftfast.integrations.experts import quantized_parameters, quantized_weights
 from peftfast.integrations.offload import AHEAD, offload_activations
 from peftfast.nn.quantized import QuantizedLayer
+from peftfast.ops import devices, fourbit
+from peftfast.ops.lora import DTYPES
 
 PARTS = ("gradients", "activations", "logits", "workspace")
+# On a GPU a 4-bit weight is decoded for a product of so many rows and more, if it is no larger.
+DECODED_ROWS, MOST_DECODED_BYTES = 512, 256 << 20
 
 
 class DryRun:
@@ -56,6 +61,7 @@ class DryRun:
         checkpointing: bool,
         offloading: bool = False,
         accumulation: bool = False,
+        on_gpu: bool = False,
     ) -> dict[str, int]:
         """What a training step allocates beside weights and optimizer when that is most, in bytes.
 
@@ -63,6 +69,7 @@ class DryRun:
             checkpointing: each decoder layer keeps its input alone, and runs once more in backward.
             offloading: what goes from forward to backward is in the host's memory, which is not counted.
             accumulation: gradients of earlier batches are there already, and are not counted.
+            on_gpu: as on a GPU, which computes more of the logits at a time, and decodes weights; else as on the CPU.
         Returns:
             By PARTS: "gradients" of the adapters; "activations", kept from forward to backward; "logits", from the
             output embeddings to the loss and back; "workspace", all that lives within one layer, which with
@@ -80,10 +87,10 @@ class DryRun:
         with self.mode:
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter) if accumulation else None
-            recorder = _Recorder([*self.known, *(it.grad for it in trained if accumulation)])
+            recorder = _Recorder([*self.known, *(it.grad for it in trained if accumulation)], on_gpu)
             handles = _mark_segments(self.model, recorder)
             offload = _Offloading(self.model, recorder) if offloading else contextlib.nullcontext()
-            with recorder, _looking_at_values(), peftfast.enabled():
+            with recorder, _looking_at_values(), _fakes_on("cuda" if on_gpu else "cpu"), peftfast.enabled():
                 tokens = torch.zeros(batch_size, sequence_len, dtype=torch.int64)
                 with offload:
                     loss = self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
@@ -124,8 +131,9 @@ class _Segment:
 class _Recorder(TorchDispatchMode):
     """Sees each tensor come and go while it is on, but those that are known."""
 
-    def __init__(self, known: Iterable[Tensor]) -> None:
+    def __init__(self, known: Iterable[Tensor], on_gpu: bool) -> None:
         super().__init__()
+        self.on_gpu = on_gpu
         self.segments = [_Segment("forward")]
         self.storages = WeakIdKeyDictionary({tensor.untyped_storage(): None for tensor in known})
         self.answers = WeakIdKeyDictionary()
@@ -142,6 +150,8 @@ class _Recorder(TorchDispatchMode):
             kwargs = {"dtype": torch.int64, "device": "cpu"}
         out = function(*args, **(kwargs or {}))
         self.saw(tensor for tensor in tree_iter(out) if isinstance(tensor, Tensor))
+        if self.on_gpu and function in (fourbit.FORWARD, fourbit.BACKWARD):
+            self.used(_gpu_workspace(function, args))
         if function is torch.ops.aten.all.default:
             self.answers[out] = 1
         return out
@@ -155,6 +165,12 @@ class _Recorder(TorchDispatchMode):
                 entry = self.storages[storage] = _Storage(storage.nbytes(), len(self.segments) - 1)
                 self.segments[-1].events.append((entry, 1))
                 weakref.finalize(storage, self._went, entry)
+
+    def used(self, size: int) -> None:
+        """A workspace of an operator, which is gone when that is done."""
+        here = len(self.segments) - 1
+        entry = _Storage(size, here, here)
+        self.segments[-1].events += [(entry, 1), (entry, -1)]
 
     def _went(self, entry: _Storage) -> None:
         entry.went = len(self.segments) - 1
@@ -239,6 +255,33 @@ def _peak(segments: Iterable[_Segment]) -> dict[str, int]:
             if total > largest:
                 largest, found = total, dict(now)
     return found
+
+
+def _gpu_workspace(function, args: tuple) -> int:
+    """Bytes beside the results of a 4-bit product, as csrc/cuda/linear.cu decides on them: the weight decoded, and an
+    input in fp32 rounded to 16 bits."""
+    named = dict(zip((argument.name for argument in function._schema.arguments), args))
+    backward = function is fourbit.BACKWARD
+    x, compute, K = named["grad_y" if backward else "x"], DTYPES[named["compute_dtype"]], named["x"].shape[1]
+    if backward and not named["want_x"]:
+        return 0
+    if compute == torch.float32 or x.dtype not in (torch.float32, compute):  # decoded within the product
+        return 0
+    decoded = 2 * x.shape[1] * (K if backward else named["out_features"])
+    # Few rows of 32 codes each lie well enough to be decoded within the product, too.
+    if decoded > MOST_DECODED_BYTES or (len(x) < DECODED_ROWS and K % 32 == 0):
+        decoded = 0
+    return decoded + (2 * x.numel() if x.dtype == torch.float32 else 0)
+
+
+@contextlib.contextmanager
+def _fakes_on(device: str) -> Iterator[None]:
+    """Has peftfast choose for fakes, which are all on the CPU, as it does for tensors on this kind of device."""
+    devices.of_fakes = device
+    try:
+        yield
+    finally:
+        devices.of_fakes = None
 
 
 @contextlib.contextmanager

@@ -47,6 +47,12 @@ def adapted_model(config, settings: TrainSettings) -> tuple:
             raise UserError(
                 f"{settings.model}: the model cannot be built: {first_sentence(error)}."
             ) from error
+        for name, weight in model.named_parameters():
+            if weight.numel() == 0:
+                raise UserError(
+                    f"{settings.model}: the model cannot be built: {name} has no elements, its shape is "
+                    f"{list(weight.shape)}."
+                )
         if fourbit is not None:
             _quantize(model, fourbit)
         parameters, _ = methods.base_size(model)

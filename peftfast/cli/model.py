@@ -121,4 +121,9 @@ def load_model(name: str, dtype: str, local: bool, four_bit_config=None, attenti
         raise UserError(
             f"--model {name}: the checkpoint lacks {len(info['missing_keys'])} of the model's weights."
         )
+    if four_bit_config is not None and not held:
+        # The file is mapped. As long as one tensor lies in it, all that was read of it is the process's memory.
+        for weight in model.parameters():
+            if weight.is_floating_point():
+                weight.data = weight.data.clone()
     return model

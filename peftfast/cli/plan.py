@@ -18,7 +18,7 @@ from rich.table import Table
 from typer import Argument, Option
 
 from peftfast.cli.empty import adapted_model, is_quantized
-from peftfast.cli.errors import UserError
+from peftfast.cli.errors import UserError, first_sentence
 from peftfast.cli.model import load_config
 from peftfast.cli.settings import METHODS_WITH, TrainSettings, option
 
@@ -299,13 +299,19 @@ class _Run:
     def memory(self, settings: PlanSettings, sequence_len: int, on_gpu: bool) -> Memory:
         """The parts at the moment when their sum is largest: within the step, or within the optimizer after it."""
         accumulation = settings.gradient_accumulation_steps > 1
-        step = self.dry_run.step(
-            settings.micro_batch_size,
-            sequence_len,
-            checkpointing=settings.checkpointing,
-            offloading=settings.activation_offloading,
-            accumulation=accumulation,
-        )
+        try:
+            step = self.dry_run.step(
+                settings.micro_batch_size,
+                sequence_len,
+                checkpointing=settings.checkpointing,
+                offloading=settings.activation_offloading,
+                accumulation=accumulation,
+                on_gpu=on_gpu,
+            )
+        except Exception as error:  # whatever a model raises over its configuration
+            raise UserError(
+                f"{settings.model}: the model cannot run a training step: {first_sentence(error)}."
+            ) from error
         if accumulation:
             step["gradients"] = self.adapters
         # On a GPU torch's AdamW updates all parameters at once, and forms the denominator of all; on the CPU one after

@@ -35,7 +35,7 @@ from peftfast.cli.checkpoints import (
     written,
 )
 from peftfast.cli.config_file import read_config
-from peftfast.cli.errors import UserError
+from peftfast.cli.errors import UserError, is_out_of_memory
 from peftfast.cli.experts import experts_of
 from peftfast.cli.load import describe, expert_load, recorded
 from peftfast.cli.model import is_local_model, load_model, load_tokenizer, return_freed_memory
@@ -385,11 +385,8 @@ def _out_of_memory_said(settings: TrainSettings) -> Iterator[None]:
 
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        signs = ("not enough memory", "allocate memory", "out of memory")
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(
-            sign in str(error) for sign in signs
-        ):
+    except Exception as error:
+        if not is_out_of_memory(error):
             raise
         ways = [f"--micro-batch-size {settings.micro_batch_size}"] if settings.micro_batch_size > 1 else []
         ways.append(f"--sequence-len {settings.sequence_len}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfast import _C
 
@@ -48,3 +49,11 @@ KERNEL_DEVICES = _KernelDevices()
 def host_reads(tensor: Tensor) -> bool:
     """Whether a value of `tensor` can be looked at: without waiting for a GPU, and not while a graph is made."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+of_fakes: str | None = None  # the kind of device that fakes stand for, if it is not their own
+
+
+def device_type(tensor: Tensor) -> str:
+    """The kind of device on which `tensor` is, or which it stands for."""
+    return (of_fakes if isinstance(tensor, FakeTensor) else None) or tensor.device.type

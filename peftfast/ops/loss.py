@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from peftfast import _C, reference  # noqa: F401  (_C registers the operators)
 from peftfast.ops import eightbit, fourbit, lora
+from peftfast.ops.devices import device_type
 from peftfast.ops.eightbit import EightBitWeight
 from peftfast.ops.fourbit import FourBitWeight, parts_of
 from peftfast.ops.lora import (
@@ -246,7 +247,7 @@ def _run(task: _Task, hidden, weight, bias, low_rank, B, row_weights, wanted) ->
     grad_low_rank = torch.zeros_like(low_rank) if want_low_rank else None
     grad_B = torch.zeros_like(B) if want_B else None
 
-    on_cpu = hidden.device.type == "cpu"
+    on_cpu = device_type(hidden) == "cpu"
     budget = CHUNK_BYTES_CPU if on_cpu else CHUNK_BYTES
     chunk = max(1, budget // (vocabulary * hidden.element_size()))
     # The kernel widens what it reads; what adds to the logits needs them wide.
