@@ -286,8 +286,10 @@ def run_model(
         contenders = {"peftfast": Contender(ours, **work, ours=True, context=context)}
         if options.compare:
             contenders = {
-                "stock": Contender(stock, **work, peak_bytes=partial(peak_memory, stock)),
-                "peftfast": replace(contenders["peftfast"], peak_bytes=partial(peak_memory, ours, context)),
+                "stock": Contender(stock, **work, peak_bytes=partial(peak_memory, stock, options.device)),
+                "peftfast": replace(
+                    contenders["peftfast"], peak_bytes=partial(peak_memory, ours, options.device, context)
+                ),
             }
         point = point_of(options, name, config, dtype, tokens, expert_share)
         with STDERR.status(f"{name}, {tokens} tokens"):
@@ -430,10 +432,10 @@ def longest(fits: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def peak_memory(step: Callable[[], None], context: Callable = contextlib.nullcontext) -> int:
+def peak_memory(step: Callable[[], None], device: str, context: Callable = contextlib.nullcontext) -> int:
     """By how many bytes memory grows in a step."""
     with context():
-        return testing.peak_memory(step)
+        return testing.peak_memory(step, device)
 
 
 def peak_so_far(device: str) -> int:

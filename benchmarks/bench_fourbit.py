@@ -7,16 +7,19 @@ One linear layer in bitsandbytes' 4-bit format, with a LoRA adapter, is timed in
 - as "bitsandbytes eval" (forward only): the same in eval mode, where bitsandbytes repacks the weight for its
   inference kernel on a CPU with AVX-512 BF16; elsewhere it has none, and the record says so. Its dropout does
   not act, ours does;
+- on a GPU as "bitsandbytes compiled", the one with 16-bit adapters (in fp32 the first) under torch.compile;
 - as "dense", the frozen `nn.Linear` alone, of the same dtype, with no adapter;
 - as "dense peftfast", PEFT's LoRA on that, under `peftfast.enabled()`;
 - under `peftfast.enabled()`: "peftfast bitsandbytes", the layer of "bitsandbytes" itself, and "peftfast
   Linear4bit", PEFT's layer on `peftfast.nn.Linear4bit`.
 
-The quantizer and the dequantizer are timed beside bitsandbytes' functions for the same.
+The quantizer and the dequantizer are timed beside bitsandbytes' functions for the same. Where bitsandbytes is not
+installed, its contenders are recorded as unavailable. Unsloth is not among the rivals: it takes older transformers
+than peftfast does, so that no process can hold both.
 
 Usage:
 
-    python benchmarks/bench_fourbit.py --quick      # the points that the acceptance bars name; minutes
+    python benchmarks/bench_fourbit.py --quick      # the points that the device's acceptance bars name; minutes
     python benchmarks/bench_fourbit.py              # the whole sweep; hours
     python benchmarks/bench_fourbit.py --dtype bf16 --rows 1 1024 --shape 4096x4096 --rank 16 --dropout 0.05
     python benchmarks/bench_fourbit.py --quick --quant-type fp4 --blocksize 128 --plain
@@ -47,11 +50,22 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
-from bitsandbytes.functional import dequantize_4bit, has_avx512bf16, quantize_4bit
 from peft import LoraConfig, get_peft_model
-from record import DTYPES, Contender, parsed, parser_of, positive, probability, run, shape, speed_bar, verdict
+from record import (
+    DTYPES,
+    GRAPH,
+    Contender,
+    parsed,
+    parser_of,
+    positive,
+    probability,
+    rows_of,
+    run,
+    shape,
+    speed_bar,
+    verdict,
+)
 from torch import nn
 
 import peftfast
@@ -59,6 +73,12 @@ from peftfast.nn import Linear4bit
 from peftfast.nn.fourbit import pack_state
 from peftfast.ops import FourBitWeight, fourbit_dequantize, fourbit_quantize
 from peftfast.testing import bytes_saved_for_backward
+
+try:
+    import bitsandbytes as bnb
+except ImportError:
+    bnb = None
+NOT_INSTALLED = "bitsandbytes is not installed"
 
 LLAMA_7B = [(4096, 4096), (4096, 11008), (11008, 4096)]  # (K, N): q/k/v/o, gate/up, down
 ROWS = [1, 8, 16, 128, 512, 1024, 4096]
@@ -81,8 +101,18 @@ class Point:
     scales: str  # "nested" or "plain"
 
 
+GPU_POINTS = [  # those that its acceptance bars name
+    ("forward+backward" if M == 4096 else "forward", "bf16", M, K, N, 16, 0.05)
+    for M in (4096, 1, 16, 64, 256)
+    for K, N in LLAMA_7B
+]
+
+
 def quick(options: argparse.Namespace) -> Iterator[tuple]:
     """call, dtype, M, K, N, r, dropout of the points that the acceptance bars name."""
+    if options.device == "cuda":
+        yield from (workload for workload in GPU_POINTS if workload[1] in options.dtype)
+        return
     for dtype in options.dtype:
         for call, rows in {"forward": (1, 512, 1024), "forward+backward": (8, 128, 1024)}.items():
             for M in rows:
@@ -120,6 +150,8 @@ def bitsandbytes_layer(
     quantized: FourBitWeight, bias: torch.Tensor | None, compute_dtype: torch.dtype
 ) -> bnb.nn.Linear4bit:
     """bitsandbytes' layer over these bytes, as it is after loading them from a checkpoint; they are shared."""
+    if bnb is None:
+        raise ModuleNotFoundError(NOT_INSTALLED)
     N, K = quantized.shape
     layer = bnb.nn.Linear4bit(K, N, bias=False, compute_dtype=compute_dtype, device="meta")
     device = quantized.packed.device
@@ -153,20 +185,29 @@ def quantization(point: Point) -> dict[str, Any]:
 def quantizers(point: Point, device: str) -> dict[str, Contender]:
     """The implementations of quantization, or of its inverse."""
     weight, quantized = random_weight(point, device)
+    if point.call == "quantize":
+        ours = partial(fourbit_quantize, weight, **quantization(point))
+    else:
+        ours = partial(fourbit_dequantize, quantized)
+    moved = weight.nbytes + quantized.nbytes
+    found = {"peftfast": Contender(ours, flops=0, bytes_moved=moved, ours=True)}
+    if bnb is None:
+        return without_bitsandbytes("bitsandbytes") | found
     stock = bitsandbytes_layer(quantized, None, weight.dtype).weight
     how = dict(
         blocksize=point.blocksize, compress_statistics=point.scales == "nested", quant_type=point.quant_type
     )
     if point.call == "quantize":
-        rival = partial(quantize_4bit, weight, **how)
-        ours = partial(fourbit_quantize, weight, **quantization(point))
+        rival = partial(bnb.functional.quantize_4bit, weight, **how)
     else:
-        rival = partial(dequantize_4bit, stock.data, stock.quant_state)
-        ours = partial(fourbit_dequantize, quantized)
-    moved = weight.nbytes + quantized.nbytes
+        rival = partial(bnb.functional.dequantize_4bit, stock.data, stock.quant_state)
+    return {"bitsandbytes": Contender(rival, flops=0, bytes_moved=moved)} | found
+
+
+def without_bitsandbytes(*names: str) -> dict[str, Contender]:
+    """What takes its place where it is not installed."""
     return {
-        "bitsandbytes": Contender(rival, flops=0, bytes_moved=moved),
-        "peftfast": Contender(ours, flops=0, bytes_moved=moved, ours=True),
+        name: Contender(lambda: None, flops=0, bytes_moved=0, unavailable=NOT_INSTALLED) for name in names
     }
 
 
@@ -198,8 +239,14 @@ def layers(point: Point, device: str) -> dict[str, Contender]:
     found: dict[str, Contender] = {}
 
     def add(
-        name: str, layer: nn.Module, fused: bool = False, weight_bytes: int = quantized.nbytes, **more: Any
+        name: str,
+        layer: nn.Module,
+        fused: bool = False,
+        compiled: bool = False,
+        weight_bytes: int = quantized.nbytes,
+        **more: Any,
     ) -> None:
+        module = torch.compile(layer, dynamic=False) if compiled else layer
         parameters = [p for p in layer.parameters() if p.requires_grad]
         # A pass reads the weight and its input and writes its output. Backward reads X once more, for dA.
         moved = passes * (weight_bytes + dtype.itemsize * M * (K + N))
@@ -207,7 +254,7 @@ def layers(point: Point, device: str) -> dict[str, Contender]:
         inputs = x.detach().requires_grad_()
         besides = [inputs, weight, *layer.parameters(), *scales_of(layer)]
         found[name] = Contender(
-            run=call(layer, parameters),
+            run=call(module, parameters),
             flops=base_flops + (adapter_flops if parameters else 0),
             bytes_moved=moved,
             ours=name.startswith("peftfast"),
@@ -215,28 +262,36 @@ def layers(point: Point, device: str) -> dict[str, Contender]:
             context=(lambda: peftfast.enabled(strict=True)) if fused else nullcontext,
             shrunk=lambda rows: call(layer, parameters, rows),
             rows=M,
-            saved_bytes=(lambda: bytes_saved_for_backward(lambda: layer(inputs), besides))
+            saved_bytes=(lambda: bytes_saved_for_backward(lambda: module(inputs), besides))
             if backward
             else None,
             **more,
         )
 
-    stock = adapted(bitsandbytes_layer(quantized, None, dtype), point)
-    add("bitsandbytes", stock)
-    if dtype.itemsize == 2:
-        narrow = adapted(bitsandbytes_layer(quantized, None, dtype), point)
-        for factor in (narrow.lora_A, narrow.lora_B):
-            factor.to(dtype)
-        add("bitsandbytes 16-bit adapters", narrow)
-    if not backward and device == "cpu":
-        reason = None if has_avx512bf16() else "bitsandbytes has no inference kernel without AVX-512 BF16"
-        # A layer of its own: bitsandbytes repacks the weight in place.
-        add("bitsandbytes eval", copy.deepcopy(stock).eval(), unavailable=reason)
+    if bnb is None:
+        found |= without_bitsandbytes("bitsandbytes", "bitsandbytes 16-bit adapters")
+    else:
+        stock = best = adapted(bitsandbytes_layer(quantized, None, dtype), point)
+        add("bitsandbytes", stock)
+        if dtype.itemsize == 2:
+            best = adapted(bitsandbytes_layer(quantized, None, dtype), point)
+            for factor in (best.lora_A, best.lora_B):
+                factor.to(dtype)
+            add("bitsandbytes 16-bit adapters", best)
+        if device == "cuda":
+            torch.compiler.reset()
+            add("bitsandbytes compiled", best, compiled=True)
+        elif not backward:
+            native = bnb.functional.has_avx512bf16()
+            reason = None if native else "bitsandbytes has no inference kernel without AVX-512 BF16"
+            # A layer of its own: bitsandbytes repacks the weight in place.
+            add("bitsandbytes eval", copy.deepcopy(stock).eval(), unavailable=reason)
     dense = nn.Linear(K, N, bias=False, device="meta")
     dense.weight = nn.Parameter(weight, requires_grad=False)
     add("dense", dense, weight_bytes=weight.nbytes)
     add("dense peftfast", adapted(dense, point), fused=True, weight_bytes=weight.nbytes)
-    add("peftfast bitsandbytes", stock, fused=True)
+    if bnb is not None:
+        add("peftfast bitsandbytes", stock, fused=True)
     add("peftfast Linear4bit", adapted(Linear4bit.from_quantized(quantized), point), fused=True)
     return found
 
@@ -246,7 +301,7 @@ def scales_of(layer: nn.Module) -> list[torch.Tensor]:
     base = getattr(layer, "base_layer", layer)
     if isinstance(base, Linear4bit):
         parts = [base.quantized_weight, base.quantized_weight.nested]
-    elif isinstance(base, bnb.nn.Linear4bit):
+    elif bnb is not None and isinstance(base, bnb.nn.Linear4bit):
         parts = [base.weight.quant_state, base.weight.quant_state.state2]
     else:
         return []
@@ -286,6 +341,41 @@ def acceptance(rows: list[dict[str, Any]], isa: str) -> list[dict[str, str]]:
         speed_bar("bf16 forward, M=1, against the dense layer", 4, [layer("forward", 1)], ["dense"]),
         share_bar("bf16, M of 512 and more, share of the dpbf16 peak", 0.9, rows, isa),
         speed_bar("quantize, against bitsandbytes", 10, quantizer, ["bitsandbytes"]),
+    ]
+
+
+def gpu_acceptance(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """The same on a GPU, for the layers of a 7B model. Graphs are held against graphs; and one token runs as a graph
+    alone, since launching its kernels one by one takes longer than they do."""
+
+    def at(*tokens: int) -> list[dict[str, Any] | None]:
+        workloads = [workload for workload in GPU_POINTS if workload[2] in tokens]
+        return rows_of(rows, [Point(*workload, "nf4", 64, "nested") for workload in workloads])
+
+    def forms(*names: str) -> list[str]:
+        return [*names, *(f"{name}{GRAPH}" for name in names)]
+
+    stock = forms("bitsandbytes", "bitsandbytes 16-bit adapters")
+    training, few = "bf16 forward+backward, M=4096, against", "bf16 forward, M=16 to 256, against"
+    share = {
+        f"{row['point']['K']}x{row['point']['N']} {name}": it["ceiling_share"]
+        for row in filter(None, at(1))
+        for name, it in row["implementations"].items()
+        if it["ours"] and name.endswith(GRAPH)
+    }
+    return [
+        speed_bar(f"{training} PEFT + bitsandbytes", 2, at(4096), stock),
+        # At most 1.12 times its time.
+        speed_bar(f"{training} the dense layer", 0.893, at(4096), forms("dense")),
+        speed_bar("bf16 forward, M=1, as graphs, against the dense layer", 2.5, at(1), [f"dense{GRAPH}"]),
+        verdict(
+            "the same, share of the bandwidth",
+            "at least 60%",
+            [f"{name}: {value:.0%}" for name, value in share.items()],
+            [value >= 0.6 for value in share.values()],
+            at(1).count(None),
+        ),
+        speed_bar(f"{few} PEFT + bitsandbytes", 1.5, at(16, 64, 256), stock),
     ]
 
 
@@ -333,6 +423,7 @@ def main() -> None:
         points(options),
         contenders,
         acceptance=lambda record: acceptance(record.rows, record.machine["isa"]),
+        gpu_acceptance=lambda record: gpu_acceptance(record.rows),
         before=lambda point: evict,
     )
 

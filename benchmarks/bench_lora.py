@@ -9,7 +9,7 @@ One `lora.Linear` of PEFT is timed in turn
 
 Usage:
 
-    python benchmarks/bench_lora.py --quick        # the points that the acceptance bars name; minutes
+    python benchmarks/bench_lora.py --quick        # the points that the device's acceptance bars name; minutes
     python benchmarks/bench_lora.py                # the whole sweep; an hour or more
     python benchmarks/bench_lora.py --dtype bf16 --rows 1 1024 --shape 4096x4096 --rank 16 --dropout 0.05
 
@@ -40,7 +40,19 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from record import DTYPES, Contender, Record, parsed, parser_of, positive, probability, run, shape
+from record import (
+    DTYPES,
+    GRAPH,
+    Contender,
+    Record,
+    parsed,
+    parser_of,
+    positive,
+    probability,
+    rows_of,
+    run,
+    shape,
+)
 from torch import nn
 
 import peftfast
@@ -65,6 +77,11 @@ class Point:
     dropout: float
 
 
+GPU_POINTS = [
+    Point("forward+backward", "bf16", 4096, K, N, 16, 0.05) for K, N in LLAMA_7B
+]  # those of its bars
+
+
 def sweep(options: argparse.Namespace) -> Iterator[Point]:
     """Every combination of what the options select."""
     for dtype, (K, N), r, dropout, call in itertools.product(
@@ -76,6 +93,9 @@ def sweep(options: argparse.Namespace) -> Iterator[Point]:
 
 def quick(options: argparse.Namespace) -> Iterator[Point]:
     """The points that the acceptance bars name."""
+    if options.device == "cuda":
+        yield from (point for point in GPU_POINTS if point.dtype in options.dtype)
+        return
     for dtype in options.dtype:
         yield Point("forward+backward", dtype, *SMALL_ROWS, *SMALL, 16, 0.05)
         if dtype == "bf16":
@@ -184,6 +204,7 @@ def evictor(point: Point, device: str) -> Callable[[], Any] | None:
 
 # Ours against PEFT at the same dtype of the adapters; against the dense layer at both.
 DEFAULT, BEST = ("peftfast default", "PEFT default"), ("peftfast best", "PEFT best")
+COMPILED = ("peftfast best", "PEFT compiled")
 BESIDE_DENSE = [("peftfast default", "dense"), ("peftfast best", "dense")]
 
 
@@ -213,6 +234,17 @@ def acceptance(rows: list[dict[str, Any]], isa: str) -> list[dict[str, str]]:
     ]
 
 
+def gpu_acceptance(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """The same on a GPU, for 4096 tokens and the layers of a 7B model. Graphs are held against graphs."""
+
+    def bar(rival: str, least: float, *pairs: tuple[str, str]) -> dict[str, str]:
+        graphs = [(ours + GRAPH, theirs + GRAPH) for ours, theirs in pairs]
+        what = f"bf16 forward+backward, M=4096, against {rival} PEFT"
+        return _speed_bar(what, least, rows_of(rows, GPU_POINTS), [*pairs, *graphs])
+
+    return [bar("eager", 1.8, DEFAULT, BEST), bar("compiled", 1.3, COMPILED)]
+
+
 def _speed_bar(
     what: str, bar: float, rows: list[dict[str, Any] | None], pairs: list[tuple[str, str]]
 ) -> dict[str, str]:
@@ -221,7 +253,8 @@ def _speed_bar(
         found, point = row["implementations"], row["point"]
         # Over an fp32 base there is no "best" beside the default; that is no gap.
         for ours, rival in (pair for pair in pairs if pair[0] in found):
-            where = f"{point['dtype']} M={point['M']} {ours.split()[1]}:"
+            sizes = f"{point['dtype']} M={point['M']} K={point['K']} N={point['N']}"
+            where = f"{sizes} {ours.removeprefix('peftfast ')}:"
             if reason := found[rival].get("skipped"):
                 gaps += 1
                 estimate = found[rival].get("estimate_ms")
@@ -325,6 +358,7 @@ def main() -> None:
         list(quick(options) if options.quick else sweep(options)),
         contenders,
         acceptance=lambda record: acceptance(record.rows, record.machine["isa"]),
+        gpu_acceptance=lambda record: gpu_acceptance(record.rows),
         before=lambda point: evictor(point, options.device),
     )
     if options.plot:

@@ -9,9 +9,14 @@ One experts layer of a mixture-of-experts model, with stock PEFT adapters on bot
 - with adapters on every fourth expert alone, as "peftfast 25 %" (`peftfast.ExpertLoraConfig`);
 - without adapters, as "peftfast frozen".
 
+Not among the rivals are PEFT under torch.compile, since PEFT makes a new class of the experts in each call and each
+call would compile again; Unsloth, which takes older transformers than peftfast does, so that no process can hold both;
+and grouped-nf4-gemm, which has no adapters of PEFT.
+
 Usage:
 
     python benchmarks/bench_moe.py --quick                       # OLMoE's layer at 1 and 512 tokens; minutes
+    python benchmarks/bench_moe.py --quick --device cuda         # Qwen3-30B's layer at 4096
     python benchmarks/bench_moe.py --layer olmoe qwen3-30b mixtral --tokens 1 64 512 4096
 
 A token's experts are drawn by a fixed seed, "uniform" or "skewed" (Zipf's law over the experts). lora_B is random.
@@ -34,7 +39,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from record import DTYPES, Contender, parsed, parser_of, positive, run, verdict
+from record import DTYPES, GRAPH, Contender, parsed, parser_of, positive, rows_of, run, verdict
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import MixtralConfig, OlmoeConfig, Qwen3MoeConfig
@@ -54,6 +59,8 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "mixtral": lambda: MixtralExperts(MixtralConfig()),  # 8 experts, H 4096, I 14336, top 2
 }
 
+FOUR_BIT = 4.127  # bits of a weight with its nested scales
+
 
 @dataclass(frozen=True)
 class Point:
@@ -65,6 +72,11 @@ class Point:
     tokens: int
     r: int
     routing: str  # "skewed" or "uniform"
+
+
+GPU_POINTS = [  # those of its acceptance bars
+    Point("forward+backward", "qwen3-30b", "bf16", 4096, 16, routing) for routing in ("skewed", "uniform")
+]
 
 
 class Model(nn.Module):
@@ -150,6 +162,7 @@ def contenders(point: Point, device: str) -> dict[str, Contender]:
         sum(weight.shape[1:]) for weight in (experts.gate_up_proj, experts.down_proj)
     )  # fmt: skip
     chosen = list(range(0, experts.num_experts, 4))
+    chosen_rows = int(torch.isin(index.cpu(), torch.tensor(chosen)).sum())
 
     def call(layer: nn.Module, tokens: int = point.tokens) -> Callable[[], Any]:
         inputs = x[:tokens].detach().requires_grad_(backward)
@@ -169,10 +182,8 @@ def contenders(point: Point, device: str) -> dict[str, Contender]:
     found: dict[str, Contender] = {}
 
     def add(name: str, layer: nn.Module, base: nn.Module, how: Callable = nullcontext) -> None:
-        adapted_rows = (
-            0 if layer is base else torch.isin(index, torch.tensor(chosen)).sum() if "%" in name else rows
-        )
-        bits = 4.127 if "4-bit" in name else 8 * dtype.itemsize
+        adapted_rows = 0 if layer is base else chosen_rows if "%" in name else rows
+        bits = FOUR_BIT if "4-bit" in name else 8 * dtype.itemsize
         inputs = [x.detach().requires_grad_(), index, weights.detach().requires_grad_()]
         known = [*inputs, *base.parameters(), *layer.parameters()]
         for weight in getattr(base, "fourbit_weights", {}).values():  # their scales
@@ -185,7 +196,7 @@ def contenders(point: Point, device: str) -> dict[str, Contender]:
         run = call(layer)
         found[name] = Contender(
             run=run,
-            flops=passes * 2 * rows * per_expert + int(adapted_rows) * adapter_flops,
+            flops=passes * 2 * rows * per_expert + adapted_rows * adapter_flops,
             bytes_moved=passes * (hit * per_expert * bits / 8 + dtype.itemsize * 2 * x.numel()),
             ours=name.startswith("peftfast"),
             context=how,
@@ -193,6 +204,7 @@ def contenders(point: Point, device: str) -> dict[str, Contender]:
             rows=point.tokens,
             saved_bytes=saved if backward else None,
             peak_bytes=partial(peak_memory if device == "cuda" else peak_of_tensors, run, device),
+            capturable="eager" not in name,  # it asks which experts have tokens
         )
 
     layer = adapted(experts, point.r)
@@ -267,12 +279,51 @@ def acceptance(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     ]  # fmt: skip
 
 
+def gpu_acceptance(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """The same on a GPU, ours in 4 bits against PEFT in bf16; graphs are held against graphs. The memory is that of the
+    experts and of what a call adds."""
+    rivals, cases = ("PEFT grouped_mm", "PEFT eager"), rows_of(rows, GPU_POINTS)
+    with torch.device("meta"):
+        weights = sum(parameter.numel() for parameter in LAYERS["qwen3-30b"]().parameters())
+    speeds, shares = {}, {}
+    for row in filter(None, cases):
+        where, found = row["point"]["routing"], row["implementations"]
+        for form in ("", GRAPH):
+            times = found.get(f"peftfast 4-bit{form}", {}).get("speedup", {})
+            if known := {times[f"{rival}{form}"]: rival for rival in rivals if f"{rival}{form}" in times}:
+                speeds[f"{where}, {known[min(known)]}{form}"] = min(known)
+        if known := [found[rival]["peak_bytes"] for rival in rivals if "peak_bytes" in found.get(rival, {})]:
+            ours = found["peftfast 4-bit"]["peak_bytes"] + weights * FOUR_BIT / 8
+            shares[where] = ours / (min(known) + weights * 2)
+    what, gaps = "4-bit experts, 4096 tokens, against PEFT's best in bf16", cases.count(None)
+    return [
+        verdict(
+            what,
+            "at least 2.5 x",
+            [f"{where}: {times:.2f} x" for where, times in speeds.items()],
+            [times >= 2.5 for times in speeds.values()],
+            gaps,
+        ),
+        verdict(
+            f"{what}: memory",
+            "at most 33%",
+            [f"{where}: {share:.0%}" for where, share in shares.items()],
+            [share <= 1 / 3 for share in shares.values()],
+            gaps,
+        ),
+    ]
+
+
 # ------------------------------------------------------------------------------------------ command line
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = parser_of(
-        "moe", __doc__, "OLMoE's layer at 1 and 512 tokens, skewed, in fp32", cap=60.0, budget=10.0
+        "moe",
+        __doc__,
+        "OLMoE's layer at 1 and 512 tokens, skewed, in fp32; on a GPU Qwen3-30B's at 4096 in bf16",
+        cap=60.0,
+        budget=10.0,
     )
     add = parser.add_argument
     add("--layer", nargs="+", choices=LAYERS, default=["olmoe"])
@@ -281,14 +332,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--rank", nargs="+", type=positive, default=[16], metavar="r")
     add("--routing", nargs="+", choices=["skewed", "uniform"], default=["skewed", "uniform"])
     options = parsed(parser, arguments)
-    if options.quick:
+    if options.quick and options.device == "cuda":
+        options.layer, options.dtype, options.rank = ["qwen3-30b"], ["bf16"], [16]
+        options.tokens, options.routing = [4096], ["skewed", "uniform"]
+    elif options.quick:
         options.layer, options.dtype, options.rank = ["olmoe"], ["fp32"], [16]
         options.tokens, options.routing = [1, 512], ["skewed"]
     return options
 
 
-def main() -> None:
-    options = parse()
+def points(options: argparse.Namespace) -> list[Point]:
     workloads = itertools.product(
         options.layer,
         options.dtype,
@@ -297,8 +350,20 @@ def main() -> None:
         options.routing,
         ("forward", "forward+backward"),
     )
-    points = [Point(call, *workload) for *workload, call in workloads]
-    run("moe", options, points, contenders, acceptance=lambda record: acceptance(record.rows), least=1)
+    return [Point(call, *workload) for *workload, call in workloads]
+
+
+def main() -> None:
+    options = parse()
+    run(
+        "moe",
+        options,
+        points(options),
+        contenders,
+        acceptance=lambda record: acceptance(record.rows),
+        gpu_acceptance=lambda record: gpu_acceptance(record.rows),
+        least=1,
+    )
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ from peftfast.testing import speedup, time_in_turn
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 RESULTS = Path(__file__).parent / "results"
+GRAPH = ", graph"  # What the name of a contender that is a CUDA graph ends in.
 BANDWIDTH_BYTES = 512 * 2**20  # The size of the buffer read to measure the bandwidth: beyond the caches.
 
 
@@ -155,6 +156,7 @@ class Contender:
         saved_bytes: what the forward pass keeps for backward, where that is part of the question.
         peak_bytes: by how much memory grows during `run`, where that is.
         unavailable: why this machine cannot run it at all; it is then recorded as skipped.
+        capturable: False where it waits for results of the GPU on the way, which a CUDA graph cannot hold.
     """
 
     run: Callable[[], Any]
@@ -167,6 +169,7 @@ class Contender:
     saved_bytes: Callable[[], int] | None = None
     peak_bytes: Callable[[], int] | None = None
     unavailable: str | None = None
+    capturable: bool = True
 
 
 def measure(
@@ -480,20 +483,25 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
 # ---------------------------------------------------------------------------------------- acceptance bars
 
 
+def rows_of(rows: list[dict[str, Any]], points: Iterable[Any]) -> list[dict[str, Any] | None]:
+    """The row of each point, None where it is not among them."""
+    return [next((row for row in rows if row["point"] == asdict(point)), None) for point in points]
+
+
 def speed_bar(
     what: str,
     bar: float,
     rows: list[dict[str, Any] | None],
     rivals: list[str],
 ) -> dict[str, str]:
-    """Whether all that is ours is `bar` times faster than each of the rivals that a row has.
+    """Whether all that is ours is `bar` times faster than each of the rivals that a row has; as a graph, than graphs.
 
     A rival that was skipped gives no ratio: then the bar is not measurable here, unless another ratio misses it.
     """
     seen, checks, gaps = [], [], rows.count(None)
     for row in filter(None, rows):
         found = row["implementations"]
-        sizes = {key: row["point"].get(key) for key in ("M", "tokens")}
+        sizes = {key: row["point"].get(key) for key in ("M", "K", "N", "tokens")}
         where = row["point"]["dtype"] + "".join(f" {key}={size}" for key, size in sizes.items() if size)
         for rival in filter(found.__contains__, rivals):
             if reason := found[rival].get("skipped"):
@@ -503,7 +511,7 @@ def speed_bar(
                 seen.append(f"{where} {rival} skipped ({reason}{about})")
                 continue
             for name, it in found.items():
-                if it["ours"]:
+                if it["ours"] and name.endswith(GRAPH) == rival.endswith(GRAPH):
                     checks.append(it["speedup"][rival] >= bar)
                     seen.append(f"{where} {name}: {it['speedup'][rival]:.2f} x {rival}")
     return verdict(what, f"at least {bar:g} x", seen, checks, gaps)
@@ -573,12 +581,13 @@ class Replay:
 
 
 def with_replays(contenders: dict[str, Contender]) -> dict[str, Contender]:
-    """The contenders, and each as a CUDA graph."""
+    """The contenders, and each that can be one as a CUDA graph."""
     replays = {
-        f"{name}, graph": replace(
+        f"{name}{GRAPH}": replace(
             contender, run=Replay(contender.run), shrunk=None, saved_bytes=None, peak_bytes=None
         )
         for name, contender in contenders.items()
+        if contender.capturable
     }
     return contenders | replays
 
@@ -590,13 +599,14 @@ def run(
     contenders: Callable[[Any, str], dict[str, Contender]],
     *,
     acceptance: Callable[[Record], list[dict[str, str]]] | None = None,
+    gpu_acceptance: Callable[[Record], list[dict[str, str]]] | None = None,
     **measuring: Any,
 ) -> Record:
     """Measure `points` as the options of `parser_of` say, print what was found, and save it.
 
     Args:
         contenders: given a point and the device, those of the point.
-        acceptance: given the record, the bars to reach on the CPU.
+        acceptance, gpu_acceptance: given the record, the bars to reach on the CPU or on a GPU.
         measuring: further arguments of `Record.measure_points`.
     """
     if options.threads:
@@ -622,8 +632,9 @@ def run(
         cuda=options.device == "cuda",
         **measuring,
     )
-    if acceptance is not None and options.device == "cpu":
-        record.acceptance = acceptance(record)
+    bars = acceptance if options.device == "cpu" else gpu_acceptance
+    if bars is not None:
+        record.acceptance = bars(record)
     record.save(path)
     record.print(console)
     console.print(f"Record: {path}", highlight=False)
