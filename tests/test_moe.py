@@ -742,10 +742,11 @@ def test_combined_linear_is_its_steps(activation):
     assert ours["weights"][7].any()
 
 
+@pytest.mark.parametrize("choices", [EXPERTS, EXPERTS + 1], ids=["", "some without an expert"])
 @pytest.mark.parametrize("activation", [None, "silu"])
-def test_combined_linear_keeps_its_input_alone(activation):
+def test_combined_linear_keeps_its_input_alone(activation, choices):
     p = combined(activation=activation)
-    p.routing = routing = Routing(torch.randint(EXPERTS, (700, 3)), EXPERTS)
+    p.routing = routing = Routing(torch.randint(choices, (700, 3)), EXPERTS)
     leaves = {name: leaf.requires_grad_() for name, leaf in p.leaves.items()}
     known = [*leaves.values(), p.weight, p.bias, p.slots, *(routing.rows, routing.places, routing.offsets)]
     saved = bytes_saved_for_backward(lambda: p.ours(**leaves), [*known, routing.experts])
