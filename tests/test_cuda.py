@@ -263,12 +263,20 @@ def test_captured_in_a_graph(M, quantized):
 
 @on_gpu
 def test_groups_captured_in_a_graph():
-    x, weight = random(64, 32), random(4, 64, 32)
+    x, bias = leaves = [random(40, 32).requires_grad_(), random(4, 64).requires_grad_()]
+    weight, gradient = random(4, 64, 32), random(64, 64)
+    rows = torch.randint(40, (64,), device="cuda")
     offsets = torch.tensor([0, 10, 10, 40, 64], device="cuda")
-    assert_replays(
-        lambda: [ops.grouped_linear(x, weight, offsets)],
-        lambda: offsets.copy_(torch.tensor([0, 20, 30, 31, 60])),
-    )
+
+    def run():
+        y = ops.grouped_linear(x, weight, offsets, rows=rows, bias=bias)
+        return y.detach(), *torch.autograd.grad(y, leaves, gradient)
+
+    def change():
+        rows.copy_(torch.randint(40, (64,)))
+        offsets.copy_(torch.tensor([0, 20, 30, 31, 60]))
+
+    assert_replays(run, change)
 
 
 def experts(x, index, weights, up, down, factors):
