@@ -30,7 +30,7 @@ def pytest_addoption(parser):
         "--device",
         choices=["cpu", "cuda"],
         default="cpu",
-        help="where tensors are made: test_lora, _fourbit, _moe, _rowwise",
+        help="where tensors are made, also at import: test_lora, _fourbit, _moe, _rowwise",
     )
 
 
@@ -41,6 +41,18 @@ def pytest_configure(config):
     device = config.getoption("--device")
     if device not in KERNEL_DEVICES:
         raise pytest.UsageError(f"--device {device}: {cuda_state()}.")
+    if device != "cpu":
+        torch.set_default_device(device)
+
+
+def on_a_gpu():
+    """Whether tensors are made there."""
+    return torch.get_default_device().type == "cuda"
+
+
+def random_states():
+    """Of every generator that a test could draw from."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if on_a_gpu() else [])]
 
 
 @pytest.fixture
@@ -52,12 +64,9 @@ def without_matplotlib(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def nothing_leaks(request):
+def nothing_leaks():
     """Every test starts from the same seed, on stock PEFT, and leaves the process as it found it."""
     threads = torch.get_num_threads()
-    device = request.config.getoption("--device")
-    if device != "cpu":
-        torch.set_default_device(device)
     torch.manual_seed(0)
     yield
     peftfast.disable()

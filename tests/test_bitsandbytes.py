@@ -66,7 +66,7 @@ def quantized(
         layer.bias.data.normal_()
         layer.bias.requires_grad = False
     layer.support_avx512bf16_for_cpu = False  # whatever the machine: see on_avx512_bf16()
-    return layer.to("cpu")
+    return layer.to(torch.get_default_device())
 
 
 def adapted(*layers, **options):
@@ -93,12 +93,11 @@ def step(model, x, autocast=None):
     """Output and every gradient, of the input too, of one step."""
     model.zero_grad()
     x = x.detach().requires_grad_()
-    with torch.autocast("cpu", dtype=autocast) if autocast else nullcontext():
+    with torch.autocast(x.device.type, dtype=autocast) if autocast else nullcontext():
         y = model(x)
-    grad_y = (
-        torch.randint(-64, 65, y.shape, generator=torch.Generator().manual_seed(5)) / 32
-    )  # exact in every dtype
-    y.backward(grad_y.to(y.dtype))
+    generator = torch.Generator("cpu").manual_seed(5)
+    grad_y = torch.randint(-64, 65, y.shape, generator=generator, device="cpu") / 32  # exact in every dtype
+    y.backward(grad_y.to(y))
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {"output": y.detach(), "input": x.grad} | grads
 

@@ -1,14 +1,20 @@
 """The GPU kernels, where there is a GPU; and what can be said of them without one.
 
 The operators' own tests (test_lora, test_fourbit, test_moe, test_rowwise) run on a GPU with `pytest --device cuda`, and
-with the kernels emulated on the CPU as .ci/run does it. Here is what is particular to the device.
+with the kernels emulated on the CPU as .ci/run does it. Here is what is particular to the device, and PEFT's and
+bitsandbytes' layers on it.
 """
+
+import contextlib
+import copy
+import gc
 
 import pytest
 import torch
 
 import peftfast
-from peftfast import _C, ops
+from peftfast import _C, ops, reference
+from peftfast.nn.moe import Routing
 from peftfast.ops.devices import KERNEL_DEVICES, cuda_state
 from peftfast.testing import assert_as_accurate
 
@@ -117,6 +123,8 @@ def test_hopper_agrees_with_the_other_kernels(shape, dtype, quantized, monkeypat
     torch.manual_seed(2)
     device = "cuda" if "cuda" in KERNEL_DEVICES else "cpu"
     M, N, K = shape
+    if quantized and K % 64 == 0:
+        M = 512  # of fewer rows, such a weight is decoded within the product
     rank = 20  # more than one tile of ranks
     x, A = torch.randn(M, K), torch.randn(rank, K) / 10
     weight, B, bias = torch.randn(N, K) / 10, torch.randn(N, rank), torch.randn(N)
@@ -159,7 +167,7 @@ def layer(p, seed, **others):
 
 @on_gpu
 def test_a_seed_gives_the_mask_of_the_cpu(problem):
-    seed = torch.tensor([12345])
+    seed = torch.tensor([12345], device="cpu")
     on_cpu = layer({name: tensor.cpu().float() for name, tensor in problem.items()}, seed)
     torch.testing.assert_close(layer(problem, seed.cuda()).float().cpu(), on_cpu, rtol=0.02, atol=0.02)
 
@@ -168,11 +176,23 @@ def test_a_seed_gives_the_mask_of_the_cpu(problem):
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("shape", [(64, 96), (7, 33)], ids=str)
 def test_codes_and_scales_are_those_of_the_cpu(quant_type, shape):
-    weight = torch.randn(shape)
-    ours = ops.fourbit_quantize(weight.cuda(), quant_type=quant_type)
-    theirs = ops.fourbit_quantize(weight, quant_type=quant_type)
-    assert torch.equal(ours.packed.cpu(), theirs.packed)
+    weight = torch.randn(shape, device="cpu")
+    ours, theirs = (
+        ops.fourbit_quantize(w, quant_type=quant_type, nested=False) for w in (weight.cuda(), weight)
+    )
+    assert torch.equal(ours.packed.cpu(), theirs.packed) and torch.equal(ours.absmax.cpu(), theirs.absmax)
     assert torch.equal(ops.fourbit_dequantize(ours).cpu(), ops.fourbit_dequantize(theirs))
+
+
+@on_gpu
+def test_nested_scales_are_those_of_the_cpu():
+    """Of one mean: that of the scales may differ in its last bit."""
+    operands = torch.rand(700), torch.tensor(0.5), reference.dynamic_code()
+    ours, theirs = (
+        torch.ops.peftfast.fourbit_quantize_absmax(*(tensor.to(device) for tensor in operands), 256)
+        for device in ("cuda", "cpu")
+    )
+    assert all(torch.equal(one.cpu(), other) for one, other in zip(ours, theirs, strict=True))
 
 
 @on_gpu
@@ -187,43 +207,183 @@ def test_on_another_stream(problem):
     assert torch.equal(got, wanted)
 
 
-@on_gpu
-def test_captured_in_a_graph(problem):
-    seed = torch.tensor([3], device="cuda")
+def assert_replays(run, change):
+    """Nothing in run() waits for the GPU, and its graph gives after change() what run() gives then."""
+    stream = torch.cuda.Stream()  # a graph with a backward in it wants to be tried on one first
+    stream.wait_stream(torch.cuda.current_stream())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream):
+            before = run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
     with torch.no_grad():
-        layer(problem, seed)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = layer(problem, seed)
-        problem["x"].copy_(torch.randn_like(problem["x"]))
+        change()
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, wanted, earlier in zip(captured, run(), before, strict=True):
+        assert torch.equal(got, wanted) and not torch.equal(got, earlier)
+
+
+def random(*shape):
+    return torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+
+
+either = pytest.mark.parametrize("quantized", [False, True], ids=["dense", "4-bit"])
+
+
+def linear_of(weight, quantized):
+    """The operator of a linear layer and the weight as it takes it."""
+    return (ops.fourbit_linear, ops.fourbit_quantize(weight)) if quantized else (ops.lora_linear, weight)
+
+
+@on_gpu
+@pytest.mark.parametrize("M", [1, 70, 600])
+@either
+def test_captured_in_a_graph(M, quantized):
+    x, A, B = leaves = [t.requires_grad_() for t in (random(M, 128), random(8, 128) / 10, random(130, 8))]
+    linear, weight = linear_of(random(130, 128) / 10, quantized)
+    gradient, seed = random(M, 130), torch.tensor([3], device="cuda")
+
+    def run():
+        y = linear(x, weight, A, B, 0.5, dropout=0.3, seed=seed)
+        return y.detach(), *torch.autograd.grad(y, leaves, gradient)
+
+    def change():
+        x.copy_(random(M, 128))
+        B.copy_(random(130, 8))
         seed.fill_(4)
-        graph.replay()
-        torch.cuda.synchronize()
-        assert torch.equal(captured, layer(problem, seed))
+
+    assert_replays(run, change)
 
 
 @on_gpu
-def test_experts_captured_in_a_graph():
-    x = torch.randn(64, 32, dtype=torch.bfloat16, device="cuda")
-    weight = torch.randn(4, 64, 32, dtype=torch.bfloat16, device="cuda")
+def test_groups_captured_in_a_graph():
+    x, bias = leaves = [random(40, 32).requires_grad_(), random(4, 64).requires_grad_()]
+    weight, gradient = random(4, 64, 32), random(64, 64)
+    rows = torch.randint(40, (64,), device="cuda")
     offsets = torch.tensor([0, 10, 10, 40, 64], device="cuda")
-    with torch.no_grad():
-        ops.grouped_linear(x, weight, offsets)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = ops.grouped_linear(x, weight, offsets)
+
+    def run():
+        y = ops.grouped_linear(x, weight, offsets, rows=rows, bias=bias)
+        return y.detach(), *torch.autograd.grad(y, leaves, gradient)
+
+    def change():
+        rows.copy_(torch.randint(40, (64,)))
         offsets.copy_(torch.tensor([0, 20, 30, 31, 60]))
-        graph.replay()
-        torch.cuda.synchronize()
-        assert torch.equal(captured, ops.grouped_linear(x, weight, offsets))
+
+    assert_replays(run, change)
+
+
+def experts(x, index, weights, up, down, factors):
+    """A layer of experts with all that it may do: sorting, both projections with adapters, and what is in between."""
+    routing = Routing(index, up.shape[0])
+    A, B, C, D = factors
+    slots = torch.where(routing.experts == 1, -1, routing.experts)
+    hidden = routing.linear(x, up, A, B, 2.0, slots=slots, gather=True)
+    y = routing.combined_linear(hidden, weights, down, C, D, 0.5, slots=routing.experts, activation="silu")
+    return y + routing.combine(routing.repeat(x), weights)
+
+
+def problem_of_experts(quantized, tokens=64, count=4, H=64, width=32):
+    """The leaves x, weights and four factors; the chosen experts; the two weights."""
+    up, down = random(count, 2 * width, H) / 10, random(count, H, width) / 10
+    if quantized:
+        up, down = ops.fourbit_quantize(up), ops.fourbit_quantize(down)
+    shapes = (count, 4, H), (count, 2 * width, 4), (count, 4, width), (count, H, 4)
+    leaves = [random(tokens, H), torch.rand(tokens, 2, device="cuda"), *(random(*s) / 10 for s in shapes)]
+    index = torch.randint(count, (tokens, 2), device="cuda")
+    return [leaf.requires_grad_() for leaf in leaves], index, up, down
+
+
+def run_experts(leaves, index, up, down):
+    """The output and the gradients of the leaves."""
+    x, weights, *factors = leaves
+    y = experts(x, index, weights, up, down, factors)
+    return y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)
+
+
+@on_gpu
+@either
+def test_experts_captured_in_a_graph(quantized):
+    leaves, index, up, down = problem_of_experts(quantized)
+
+    def change():
+        leaves[0].copy_(random(*leaves[0].shape))
+        index.copy_(torch.randint(5, index.shape))  # 4: no expert
+
+    assert_replays(lambda: run_experts(leaves, index, up, down), change)
+
+
+@on_gpu
+@either
+def test_a_negative_index_stands_for_no_expert(quantized):
+    leaves, index, up, down = problem_of_experts(quantized)
+    index[::3, 1] = -1
+    index[5] = -7
+    none = index.masked_fill(index < 0, 4)
+    for ours, wanted in zip(
+        run_experts(leaves, index, up, down), run_experts(leaves, none, up, down), strict=True
+    ):
+        torch.testing.assert_close(ours, wanted, rtol=0.02, atol=0.02)
+
+
+@on_gpu
+def test_gradients_add_up_to_the_same_bits():
+    """Of rows that are used often, and of a bias: in fp32, where the order of a sum shows."""
+    x = torch.randn(7, 64, device="cuda", requires_grad=True)
+    bias = torch.randn(4, 48, device="cuda", requires_grad=True)
+    weight, gradient = torch.randn(4, 48, 64, device="cuda"), torch.randn(5000, 48, device="cuda")
+    rows = torch.randint(7, (5000,), device="cuda")
+    offsets = torch.tensor([0, 1000, 1010, 1010, 4990], device="cuda")
+
+    def run():
+        y = ops.grouped_linear(x, weight, offsets, rows=rows, bias=bias)
+        return torch.autograd.grad(y, (x, bias), gradient)
+
+    once = run()
+    for _ in range(20):
+        assert all(map(torch.equal, run(), once))
+    group = torch.bucketize(torch.arange(5000, device="cuda"), offsets[1:], right=True)
+    kept = group < 4
+    exact = [torch.zeros_like(leaf, dtype=torch.float64) for leaf in (x, bias)]
+    products = torch.einsum("mn,mnk->mk", gradient[kept].double(), weight.double()[group[kept]])
+    exact[0].index_add_(0, rows[kept], products)
+    exact[1].index_add_(0, group[kept], gradient[kept].double())
+    for ours, wanted in zip(once, exact, strict=True):
+        torch.testing.assert_close(ours.double(), wanted, rtol=1e-4, atol=1e-3)
 
 
 @on_gpu
 def test_tensors_on_different_devices_are_refused(problem):
     with pytest.raises(ValueError, match=r"lora_A\[0\] is on cpu, but x is on cuda"):
         layer(problem | {"A": problem["A"].cpu()}, torch.tensor([3], device="cuda"))
+
+
+@on_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@either
+def test_on_a_gpu_that_is_not_the_current_one(problem, quantized):
+    linear, weight = linear_of(problem["weight"], quantized)
+    gradient = random(70, 130)
+
+    def run(device):
+        x, A, B = leaves = [problem[name].detach().to(device).requires_grad_() for name in ("x", "A", "B")]
+        seed = torch.tensor([3], device=device)
+        y = linear(x, weight.to(device), A, B, 0.5, dropout=0.3, seed=seed)
+        results = y.detach(), *torch.autograd.grad(y, leaves, gradient.to(device))
+        assert all(result.device == x.device for result in results)
+        return results
+
+    assert torch.cuda.current_device() == 0
+    for there, here in zip(run("cuda:1"), run("cuda:0"), strict=True):
+        torch.testing.assert_close(there.cpu(), here.cpu(), rtol=0.02, atol=0.02)
+    with pytest.raises(ValueError, match=r"lora_A\[0\] is on cuda:1, but x is on cuda:0"):
+        layer(problem | {"A": problem["A"].to("cuda:1")}, torch.tensor([3], device="cuda:0"))
 
 
 @on_gpu
@@ -234,6 +394,109 @@ def test_a_call_leaves_no_memory_behind(problem):
     for _ in range(10):
         layer(problem, seed)
     assert torch.cuda.memory_allocated() == before
+
+
+@contextlib.contextmanager
+def no_memory_left():
+    """As if the GPU had no more than what is in use."""
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@on_gpu
+@either
+def test_out_of_memory_leaves_nothing_behind(quantized):
+    leaves = x, A, B = [t.requires_grad_() for t in (random(2**17, 128), random(8, 128), random(1024, 8))]
+    linear, weight = linear_of(random(1024, 128), quantized)
+
+    def run():
+        return linear(x, weight, A, B, 0.5)
+
+    def fails(function):
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        with no_memory_left(), pytest.raises(RuntimeError, match="out of memory"):
+            function()
+        gc.collect()
+        assert torch.cuda.memory_allocated() == before
+
+    y = run()
+    gradient = torch.ones_like(y)
+    wanted = torch.autograd.grad(y, leaves, gradient, retain_graph=True)
+    fails(run)
+    fails(lambda: torch.autograd.grad(y, leaves, gradient, retain_graph=True))
+    assert torch.equal(run(), y)
+    assert all(map(torch.equal, torch.autograd.grad(y, leaves, gradient), wanted))
+
+
+ROWS = 2**20  # of 2064 elements: more than 2**31 in all
+holds_them = pytest.mark.skipif(
+    "cuda" in KERNEL_DEVICES and torch.cuda.get_device_properties(0).total_memory < 24e9,
+    reason="needs a GPU of 24 GB",
+)
+
+
+@on_gpu
+@holds_them
+def test_an_input_past_32_bits():
+    """Its last rows come out as they do alone; that others have no gradient leaves the sums over all rows to them."""
+    x, weight, A, B = random(ROWS, 2064), random(16, 2064) / 50, random(4, 2064) / 50, random(16, 4)
+    gradient, last = torch.zeros_like(x[:, :16]), slice(-64, None)
+    gradient[last] = random(64, 16)
+
+    def run(x, gradient):
+        leaves = [t.detach().requires_grad_() for t in (x, A, B)]
+        y = ops.lora_linear(leaves[0], weight, *leaves[1:], 0.5)
+        return y.detach(), *torch.autograd.grad(y, leaves, gradient)
+
+    y, grad_x, *of_factors = run(x, gradient)
+    alone = run(x[last].clone(), gradient[last])
+    for ours, wanted in zip((y[last], grad_x[last], *of_factors), alone, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=0.02, atol=0.02)
+    assert not grad_x[:-64].any()
+
+
+@on_gpu
+@holds_them
+def test_dropout_past_32_bits():
+    """The mask, read off an output of x = 1 at one place of each row, and off the gradient of x."""
+    x = torch.zeros(ROWS, 2064, dtype=torch.bfloat16, device="cuda")
+    row, column = torch.arange(-64, 0, device="cuda"), 32 * torch.arange(64, device="cuda") + 7
+    x[row, column] = 1
+    x.requires_grad_()
+    weight, A, B = torch.zeros_like(x[:16]).detach(), torch.ones_like(x[:1]), torch.ones_like(x[:16, :1])
+    y = ops.lora_linear(x, weight, A, B, 1.0, dropout=0.5, seed=torch.tensor([5], device="cuda"))
+    (grad_x,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    elements = torch.arange((ROWS - 64) * 2064 // 4, ROWS * 2064 // 4, device="cpu")
+    mask = (reference.philox(elements, 0, 5).view(64, 2064) >= 2**31).cuda()
+    assert torch.equal(grad_x[-64:] != 0, mask)
+    assert torch.equal(y[-64:, 0] != 0, mask[row, column])
+
+
+@on_gpu
+@holds_them
+def test_a_weight_past_32_bits():
+    """Its last rows are quantized, decoded and multiplied as they are alone."""
+    weight, last = random(ROWS, 2064), slice(-64, None)
+    whole, part = (ops.fourbit_quantize(w, nested=False) for w in (weight, weight[last].clone()))
+    for ours, wanted in ((whole.packed, part.packed), (whole.absmax, part.absmax)):
+        assert torch.equal(ours.view(-1)[-wanted.numel() :], wanted.view(-1))
+    assert torch.equal(ops.fourbit_dequantize(whole)[last], ops.fourbit_dequantize(part))
+    for M in (1, 70, 600):
+        x = random(M, 2064).requires_grad_()
+        y, alone = ops.fourbit_linear(x, whole), ops.fourbit_linear(x, part)
+        torch.testing.assert_close(y[:, last], alone, rtol=0.02, atol=0.5)  # of about 45
+        gradient = torch.zeros_like(y)
+        gradient[:, last] = random(M, 64)
+        ours, wanted = (
+            torch.autograd.grad(of, x, g)[0] for of, g in ((y, gradient), (alone, gradient[:, last]))
+        )
+        torch.testing.assert_close(ours, wanted, rtol=0.02, atol=0.1)  # of about 8
 
 
 @on_gpu
@@ -258,3 +521,76 @@ def test_a_model_of_peft_as_accurate_as_eager(dtype):
         with peftfast.enabled():
             ours = logits(dtype)
     assert_as_accurate(ours, eager, oracle)
+
+
+# ---- on a GPU, PEFT's and bitsandbytes' layers against themselves ----------------------------------------------------
+
+MODES = [  # the dtype of the model or of its input, and that of autocast
+    (torch.float32, None),
+    (torch.bfloat16, None),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+    (torch.bfloat16, torch.bfloat16),
+]
+
+
+@on_gpu
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype, autocast", MODES, ids=str)
+def test_adapters_of_peft(dtype, autocast, architecture):
+    """A step of a model: what it gives, and the gradients of all adapters."""
+    from test_peft import assert_as_close_to_float64, assert_parity, batch, build
+
+    with torch.device("cuda"):
+        model = build(architecture, dtype).eval()
+        if dtype == torch.float32 and autocast is None:
+            assert_parity(model, batch(architecture))
+        else:
+            assert_as_close_to_float64(model, architecture, autocast)
+
+
+@on_gpu
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype, autocast", [*MODES, (torch.float16, None), (torch.float16, torch.float16)], ids=str
+)
+@pytest.mark.parametrize("inputs, nested", [(128, True), (96, False)])
+def test_layers_of_bitsandbytes(inputs, nested, dtype, autocast, storage):
+    """Alone and under PEFT's adapters; one row without gradients too, which bitsandbytes multiplies in another way."""
+    pytest.importorskip("bitsandbytes")
+    from test_bitsandbytes import adapted, assert_parity, in_float64, quantized
+
+    with torch.device("cuda"):
+        layer = quantized(inputs, 96, blocksize=64, nested=nested, quant_storage=storage)
+        assert layer.weight.dtype == storage and layer.weight.is_cuda
+        for model in (layer, adapted(copy.deepcopy(layer))):
+            for rows in (1, 40, 600):
+                assert_parity(model, torch.randn(rows, inputs).to(dtype), autocast, slack=1e-6)
+            x = torch.randn(1, inputs).to(dtype)
+            with torch.no_grad(), torch.autocast("cuda", autocast, enabled=autocast is not None):
+                stock = model(x)
+                with peftfast.enabled(strict=True):
+                    ours = model(x)
+            # Of 96 values, by no more than a rounding worse.
+            slack = torch.finfo(ours.dtype).eps / 2
+            assert_as_accurate(ours, stock, in_float64(model)(x.double()), slack=slack)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["olmoe", "gpt_oss"])
+@either
+def test_adapters_of_peft_on_experts(kind, dtype, quantized):
+    from test_experts import adapted, base_model, choosing_all, dequantized, quantize_experts, results
+
+    with torch.device("cuda"):
+        model = choosing_all(base_model(kind, dtype))
+        rival = dequantized(quantize_experts(model)) if quantized else copy.deepcopy(model)
+        model, rival = adapted(model), adapted(rival)
+        rival.set_experts_implementation("eager")
+        exact, stock = results(copy.deepcopy(rival).double()), results(rival)
+        with peftfast.enabled(strict=True):
+            ours = results(model)
+    for name, value in stock.items():
+        assert ours[name].dtype == value.dtype
+        assert_as_accurate(ours[name], value, exact[name], factor=1.25, slack=1e-6, name=name)

@@ -14,6 +14,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import random_states
 from hypothesis import given, settings
 from test_lora import LAYOUTS, assert_equal, name_of_bad, saved_bytes, strided
 from torch.library import opcheck
@@ -758,9 +759,9 @@ def test_manual_seed_decides_the_dropout():
         return fourbit_linear(p.x, p.weight, p.lora_A, p.lora_B, p.scaling, dropout=p.dropout)
 
     assert torch.equal(drawn(1), drawn(1)) and not torch.equal(drawn(1), drawn(2))
-    state = torch.get_rng_state()
+    states = random_states()
     call(fourbit_linear, replace(p, dropout=[0.0]))
-    assert torch.equal(torch.get_rng_state(), state)
+    assert all(map(torch.equal, random_states(), states))
 
 
 # ------------------------------------------------------------------------------------------ modes of torch
@@ -806,13 +807,13 @@ def test_activation_checkpointing_replays_the_dropout(reentrant):
 def test_autocast_casts_x(compute_dtype):
     """The same bits as with an x that was cast before the call; the gradient of x comes back in its own dtype."""
     p = problem((40, 64, 48), (F32, F32, compute_dtype), dropout=0.3)
-    p.grad = p.grad.bfloat16()
-    with torch.autocast("cpu", dtype=BF16):
+    p.grad, device = p.grad.bfloat16(), p.x.device.type
+    with torch.autocast(device, dtype=BF16):
         got = forward_backward(fourbit_linear, p)
     cast = forward_backward(fourbit_linear, replace(p, x=p.x.bfloat16()))
     assert got["output"].dtype == BF16 and got["grad of x"].dtype == F32
     assert_equal(got, cast | {"grad of x": cast["grad of x"].float()})
-    with torch.autocast("cpu", dtype=BF16), torch.autocast("cpu", enabled=False):
+    with torch.autocast(device, dtype=BF16), torch.autocast(device, enabled=False):
         assert call(fourbit_linear, p).dtype == F32
 
 

@@ -19,6 +19,7 @@ from peftfast import offload_activations
 from peftfast.integrations import offload
 from peftfast.integrations.offload import AHEAD
 from peftfast.nn import quantize_linears
+from peftfast.testing import relative_error
 
 
 @pytest.fixture(autouse=True)
@@ -56,9 +57,10 @@ def in_bitsandbytes(model):
 BASES = {"dense": lambda model: model, "4bit": quantize_linears, "bitsandbytes": in_bitsandbytes}
 
 
-def llama(base="dense", checkpointing=None):
+def llama(base="dense", checkpointing=None, attention="sdpa"):
     torch.manual_seed(0)
     config = LlamaConfig(
+        attn_implementation=attention,
         vocab_size=64,
         hidden_size=64,
         intermediate_size=96,
@@ -84,7 +86,7 @@ def gradients(model, context, *, forwards=1):
     torch.manual_seed(1)
     losses = []
     for _ in range(forwards):
-        tokens = torch.randint(64, (2, 12))
+        tokens = torch.randint(64, (2, 12), device=model.device)
         with context:
             loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
@@ -274,9 +276,24 @@ def test_nobody_reads_before_the_copy_is_there(monkeypatch):
     assert set(device.order) == {"copies wait for computation"}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+@on_gpu
+@pytest.mark.parametrize("fused", [True, False], ids=["peftfast", "stock"])
+@pytest.mark.parametrize("checkpointing", [None, "not-reentrant", "reentrant"])
+def test_on_a_gpu_a_step_is_the_same_bit_for_bit(checkpointing, fused, offloaded):
+    """With eager attention: the gradients of others may add up in another order every time."""
+    model = llama("dense", checkpointing, "eager").cuda()
+    with peftfast.enabled() if fused else nullcontext():
+        plain = gradients(model, nullcontext(), forwards=2)
+        assert_same_bits(gradients(model, offload_activations(model), forwards=2), plain)
+    assert len(offloaded) >= 8  # layers x batches
+
+
+@on_gpu
 @pytest.mark.parametrize("checkpointing", [None, "not-reentrant"])
-def test_on_a_gpu_a_step_is_the_same_in_less_memory(checkpointing, monkeypatch):
+def test_on_a_gpu_a_step_takes_less_memory(checkpointing, monkeypatch):
     monkeypatch.setattr(offload, "SMALLEST", 2**20)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -299,7 +316,8 @@ def test_on_a_gpu_a_step_is_the_same_in_less_memory(checkpointing, monkeypatch):
         torch.cuda.synchronize()
         peaks.append(torch.cuda.max_memory_allocated() - before)
         results.append([loss.detach()] + [w.grad.clone() for w in model.parameters() if w.grad is not None])
-    assert_same_bits(results[1], results[0])
+    for ours, plain in zip(results[1], results[0], strict=True):
+        assert relative_error(ours, plain) < 1e-2
     assert peaks[1] < (0.9 if checkpointing else 0.5) * peaks[0]
 
 

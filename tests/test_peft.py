@@ -117,8 +117,9 @@ def build(architecture="llama", dtype=torch.float32, autocast_adapter_dtype=True
 
 
 def batch(architecture="llama", seed=3):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, VOCABULARY, (3, 11), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (3, 11), generator=generator, device="cpu")
+    ids = ids.to(torch.get_default_device())
     mask = torch.ones_like(ids)
     mask[1, 7:] = 0
     labels = ids[:, 0] % 2 if architecture == "bert" else ids
@@ -146,7 +147,7 @@ def step(model, inputs, autocast=None):
     """Loss, logits and every gradient of one training step."""
     model.zero_grad()
     torch.manual_seed(1)  # the models' own dropout
-    with torch.autocast("cpu", dtype=autocast) if autocast else nullcontext():
+    with torch.autocast(model.device.type, dtype=autocast) if autocast else nullcontext():
         out = model(**inputs)
     out.loss.backward()
     results = {"loss": out.loss.detach(), "logits": out.logits.detach()}

@@ -44,15 +44,14 @@ class Routing:
         self.places = torch.empty_like(order)
         self.places[order] = torch.arange(order.numel(), device=index.device)
         self.places = self.places.view(tokens, top_k)
-        self._without = None
-        if not readable:
-            self._without = (top_k_index < 0) | (top_k_index >= count)
-        elif index.numel() and sorted_index[-1] >= count:
-            self._without = top_k_index >= count
+        self._all_have_one = readable and not (index.numel() and sorted_index[-1] >= count)
 
     def weights(self, top_k_weights: Tensor) -> Tensor:
         """`top_k_weights` [tokens, top_k] with zeros, that get no gradient, where there is no expert."""
-        return top_k_weights if self._without is None else top_k_weights.masked_fill(self._without, 0.0)
+        if self._all_have_one:
+            return top_k_weights
+        without = (self.places < self.offsets[0]) | (self.places >= self.offsets[-1])
+        return top_k_weights.masked_fill(without, 0.0)
 
     def linear(
         self,
@@ -100,7 +99,8 @@ class Routing:
     ) -> Tensor:
         """`combine` of `linear` of x, or of `peftfast.ops.swiglu` of the halves of x with this `activation`.
 
-        Backward keeps x, and nothing of what comes of it.
+        Backward keeps x, and nothing of what comes of it. What a row without an expert says is zero, and so is what
+        goes back through it: its weight counts for nothing, if only it is finite.
 
         Args:
             x: the sorted rows [tokens * top_k, K], or [tokens * top_k, 2 K] with an activation.
@@ -108,7 +108,7 @@ class Routing:
             [tokens, N]
         """
         return moe.call_combined(
-            x, self.weights(top_k_weights), self.places, self.rows, weight, self.offsets, self.experts, slots,
+            x, top_k_weights, self.places, self.rows, weight, self.offsets, self.experts, slots,
             lora_A, lora_B, scaling, bias, dropout, transposed, activation=activation,
         )  # fmt: skip
 

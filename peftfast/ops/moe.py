@@ -323,11 +323,10 @@ def _groups_of_rows(count: int, offsets: Tensor, experts: Tensor) -> tuple[Tenso
 
 def _sum_by_expert(grad: Tensor, offsets: Tensor, experts: Tensor, bias: Tensor) -> Tensor:
     """The gradient of `bias` [experts, N]: row e sums the rows of grad whose group has expert e."""
-    total = torch.zeros(bias.shape, dtype=torch.float32, device=grad.device)
     if experts.numel() == 0:
-        return total.to(bias.dtype)
+        return torch.zeros_like(bias)
     group, inside = _groups_of_rows(grad.shape[0], offsets, experts)
-    return total.index_add_(0, experts[group], grad.float() * inside.unsqueeze(1)).to(bias.dtype)
+    return _add_up(grad.float() * inside.unsqueeze(1), experts[group], len(bias)).to(bias.dtype)
 
 
 def _gather(x: Tensor, rows: Tensor, offsets: Tensor, slots: Tensor) -> Tensor:
@@ -372,8 +371,17 @@ def _sum_rows(grad: Tensor, rows: Tensor, places: Tensor | None, count: int) -> 
     """Row t of `count` is the sum of grad[i] over rows[i] = t, in fp32. places: as in `call`."""
     if places is not None and grad.device.type in KERNEL_DEVICES:
         return COMBINE(grad.contiguous(), None, places)
-    total = torch.zeros(count, grad.shape[1], dtype=torch.float32, device=grad.device)
-    return total.index_add_(0, rows, grad.float()).to(grad.dtype)
+    return _add_up(grad.float(), rows, count).to(grad.dtype)
+
+
+def _add_up(values: Tensor, index: Tensor, count: int) -> Tensor:
+    """Row t of `count` is the sum of values[i] over index[i] = t, always in the same order."""
+    if not values.is_cuda:
+        return values.new_zeros(count, values.shape[1]).index_add_(0, index, values)
+    # There index_add_ takes them as they come.
+    index, order = index.sort(stable=True)
+    offsets = torch.searchsorted(index, torch.arange(count + 1, device=index.device))
+    return torch.segment_reduce(values[order], "sum", offsets=offsets, initial=0)
 
 
 def moe_combine(x: Tensor, weights: Tensor, places: Tensor) -> Tensor:
