@@ -832,6 +832,32 @@ def test_what_is_not_known_runs_its_own_code(change, reason):
         assert reason in str(report) and any(reason in (layer.reason or "") for layer in report.rowwise)
 
 
+@pytest.mark.parametrize("how", ["class", "forward"])
+def test_kernels_of_others_stay(how):
+    """Liger gives a model classes of its own or, once it is made, forwards of its own."""
+    ran = []
+
+    class LigerRMSNorm(torch.nn.Module):
+        def forward(self, x):
+            ran.append(self)
+            return x * self.weight
+
+    model = model_of()
+    norms = [module for module in model.modules() if isinstance(module, LlamaRMSNorm)]
+    for norm in norms:
+        if how == "class":
+            norm.__class__ = LigerRMSNorm
+        else:
+            norm.forward = LigerRMSNorm.forward.__get__(norm)
+    expected = step(model)
+    ran.clear()
+    with peftfast.enabled():
+        got = step(model)
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=1e-6)
+    assert ran == norms
+
+
 def test_hooks_of_a_layer_run():
     model, seen = model_of(), []
     for part in (model.model.norm, model.model.layers[0].mlp, model.model.layers[0].mlp.up_proj):
