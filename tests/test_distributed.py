@@ -370,9 +370,18 @@ def run_scenarios(folder):
 # ---- the tests ------------------------------------------------------------------------------------------------
 
 
-def torchrun(*arguments, **options):
-    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(PROCESSES), *map(str, arguments)]
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", PROCESSES],
+    # "--multi_gpu" stands for several processes, which find no GPU.
+    "accelerate launch": [
+        *("accelerate.commands.launch", "--multi_gpu", "--num_processes", PROCESSES, "--num_machines", 1),
+        *("--mixed_precision", "no", "--dynamo_backend", "no"),
+    ],
+}
+
+
+def launch(*arguments, by="torchrun", **options):
+    command = [sys.executable, "-P", "-m", *map(str, LAUNCHERS[by]), *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, **options)
 
@@ -402,7 +411,7 @@ def one_process(folder):
 @pytest.fixture(scope="module")
 def two_processes(folder, one_process):
     """By scenario what each process found."""
-    done = torchrun(__file__, folder)
+    done = launch(__file__, folder)
     print(done.stdout, done.stderr, sep="\n")
     assert done.returncode == 0, done.stderr[-8000:]
     return {
@@ -506,8 +515,8 @@ def test_what_is_spread_otherwise_is_refused(two_processes):
         assert parameters.endswith("spread over processes by tensor or expert parallelism.")
 
 
-@pytest.fixture(scope="module")
-def trained(folder):
+@pytest.fixture(scope="module", params=LAUNCHERS)
+def trained(folder, request):
     """`peftfast train` by one process and by two with half of its batch each."""
     tokenizer = build_tokenizer()
     torch.manual_seed(0)
@@ -526,9 +535,10 @@ def trained(folder):
         epochs=2,
         dtype="fp32",
     )
-    train(TrainSettings(**options, micro_batch_size=4, out=folder / "alone"))
+    train(TrainSettings(**options, micro_batch_size=4, out=folder / "alone", overwrite=True))
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
-    both = torchrun("-m", "peftfast", "train", *words, "--micro-batch-size", 2, "--out", folder / "both")
+    words += ["--micro-batch-size", 2, "--out", folder / "both", "--overwrite"]
+    both = launch("-m", "peftfast", "train", *words, by=request.param)
     assert both.returncode == 0, both.stderr[-8000:]
     return both
 
