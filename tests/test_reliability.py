@@ -1,7 +1,6 @@
 """Long runs, threads, and files that are not what they say: no growth, no crosstalk, one clear sentence.
 
-The fuzzing takes as many examples as the profile says: `pytest tests/test_reliability.py -k corrupt
---hypothesis-profile fuzz`.
+The fuzzing takes more examples with `pytest tests/test_reliability.py -k corrupt --hypothesis-profile fuzz`.
 """
 
 import json

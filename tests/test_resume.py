@@ -479,10 +479,8 @@ def test_a_result_that_cannot_be_written_can_be_resumed(settings, monkeypatch, c
 @contextlib.contextmanager
 def permissions_in_force():
     """No permission stops root, unless it does without CAP_DAC_OVERRIDE, as in the block."""
-    libc, header = (
-        ctypes.CDLL(None, use_errno=True),
-        (ctypes.c_uint32 * 2)(0x20080522, 0),
-    )  # version 3, this thread
+    libc = ctypes.CDLL(None)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this thread
     held = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable, the lower halves of all first
     assert libc.capget(header, held) == 0
     without = type(held)(*held)
