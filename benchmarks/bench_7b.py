@@ -268,9 +268,10 @@ def run_model(
     return_freed_memory()  # As `peftfast train` does; the rival has it too.
     torch.manual_seed(0)
     config = CONFIGS[name](**({"num_hidden_layers": options.layers} if options.layers else {}))
-    begin = time.perf_counter()
+    begin, before = time.perf_counter(), now_held(options.device)
     model = build(config, options, DTYPES[dtype], expert_share)
     built = {
+        "bytes_before_build": before,
         "build_seconds": round(time.perf_counter() - begin, 1),
         "rss_after_build": psutil.Process().memory_info().rss,
     }
@@ -438,8 +439,13 @@ def peak_memory(step: Callable[[], None], device: str, context: Callable = conte
         return testing.peak_memory(step, device)
 
 
+def now_held(device: str) -> int:
+    """Bytes: of this process, or of its tensors on the GPU."""
+    return torch.cuda.memory_allocated() if device == "cuda" else psutil.Process().memory_info().rss
+
+
 def peak_so_far(device: str) -> int:
-    """Bytes: of this process so far, or of its tensors on the GPU."""
+    """The most of that so far."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

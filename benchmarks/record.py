@@ -18,7 +18,7 @@ An implementation is either {"ours", "median_ms", "minimum_ms", "rounds", "gflop
 "ceiling_share", "bound", "saved_bytes", "peak_bytes"} and for ours also "speedup": {rival: times faster}; or {"ours",
 "skipped": reason}, where a skipped one may carry "estimate_ms", extrapolated from fewer rows and never used
 for a ratio. A benchmark of whole models adds "tokens_per_second", "build_seconds", "longest_tokens" and, in bytes,
-"rss_after_build" and "peak_rss".
+"bytes_before_build", "rss_after_build" and "peak_rss".
 """
 
 from __future__ import annotations

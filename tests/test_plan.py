@@ -5,7 +5,7 @@ import json
 import math
 import re
 import weakref
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -395,3 +395,60 @@ def test_options_of_four_bits_are_not_those_of_the_dense_way(llama):
         PlanSettings(llama, "qlora", quant_type="fp4", embeddings="8bit", sequence_len=64), gpu="8GB"
     )
     assert {way.changes.get("method", "qlora") for way in found.choices} == {"qlora", "lora"}
+
+
+# ---- against what was measured -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bench_plan(monkeypatch):
+    pytest.importorskip("psutil")
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    import bench_plan
+
+    return bench_plan
+
+
+@pytest.mark.parametrize("gpu", [None, "a card"])
+def test_the_benchmark_reads_records_of_training_steps(bench_plan, tmp_path, gpu):
+    import bench_7b
+
+    point = bench_7b.Point("tiny", 5, "bf16", 1024, False, True, rank=8)
+    peaks = {"ours": True, "peak_rss": 25 * 10**6, "bytes_before_build": 5 * 10**6}
+    rows = [
+        {"point": asdict(point), "implementations": {"peftfast": peaks}},
+        {"point": asdict(replace(point, dtype="fp16")), "implementations": {"peftfast": peaks}},
+        {"point": asdict(point), "implementations": {"peftfast": {"ours": True}, "stock": {"ours": False}}},
+    ]
+    machine = bench_7b.machine_facts("cpu") | ({"gpu": gpu} if gpu else {})
+    bench_7b.Record("7b", machine, {}, rows).save(tmp_path / "7b.json")
+    [row] = bench_plan.recorded_rows(tmp_path / "7b.json")
+    bench_7b.CONFIGS["tiny"](num_hidden_layers=5).save_pretrained(tmp_path / "tiny")
+    settings = PlanSettings(str(tmp_path / "tiny"), "qlora", sequence_len=1024, lora_r=8)
+    assert row["planned_bytes"] == plan(settings, gpu and "1000GB").memory.total
+    assert row["measured_bytes"] == 20 * 10**6
+    assert row["error"] == row["planned_bytes"] / row["measured_bytes"] - 1
+    bench_7b.Record("7b", machine, {}, rows[1:]).save(tmp_path / "none.json")
+    with pytest.raises(ValueError, match="none.json: no row tells the memory"):
+        bench_plan.recorded_rows(tmp_path / "none.json")
+
+
+def test_the_benchmark_trains_by_command_what_it_plans(bench_plan, monkeypatch):
+    point, seen = bench_plan.Point("tiny", "qlora", "bf16", True, 48, 2, 4, "q_proj"), []
+
+    def in_this_process(*arguments, default_malloc):
+        assert arguments[:2] == ("-m", "peftfast") and run(*arguments[2:]) == 0
+        record = Path(arguments[arguments.index("--json") + 1])
+        result = json.loads(record.read_text())
+        seen.append((result["settings"], result["tokens"]))
+        record.write_text(json.dumps(result | {"peak_memory_mib": 100.0 * len(seen)}))
+
+    monkeypatch.setattr(bench_plan, "_run", in_this_process)
+    assert (
+        bench_plan.measure_command(point) == -100 * 2**20
+    )  # the tiny one, which comes second, is subtracted
+    (settings, tokens), (tiny, few) = seen
+    same = ("method", "dtype", "lora_r", "target_modules", "sequence_len", "micro_batch_size")
+    assert {name: settings[name] for name in same} == {name: getattr(point, name) for name in same}
+    assert settings["gradient_checkpointing"] and (tiny["sequence_len"], tiny["micro_batch_size"]) == (32, 1)
+    assert (tokens, few) == (3 * 2 * 48, 3 * 32)  # three steps of full sequences
