@@ -15,8 +15,8 @@ backward with every decoder layer checkpointed (unless --no-checkpointing), Adam
 - with --memory-limit, on a GPU: for each limit the longest sequence that a step goes through with, found by trying (0:
   the model or 256 tokens do not fit), and the speed and the allocator's peak there and at 2048 tokens. The limit is
   that of all that the process has on the GPU: the CUDA context, which is measured, and torch's allocator, which gets
-  the rest. With --compare "stock" is tried too, in a process of its own, but without --embeddings and
-  --activation-offloading, which it does not have.
+  the rest. With --compare "stock" is tried too, in a process of its own, but without --embeddings,
+  --activation-offloading and --tiled-mlp, which it does not have.
 
 Usage:
 
@@ -151,6 +151,7 @@ class Point:
     embeddings: str | None = None  # "4bit", "8bit": the head, too
     offloading: bool = False
     memory_limit: str | None = None
+    tiled_mlp: bool = False
 
 
 # ---------------------------------------------------------------------------------------------- the model
@@ -214,6 +215,8 @@ def build(
 def trainer(model: nn.Module, options: argparse.Namespace) -> Callable[[int], Callable[[], None]]:
     """Given a number of tokens, the training step on a sequence of so many."""
     offload = peftfast.offload_activations(model) if options.offloading else contextlib.nullcontext()
+    if options.tiled_mlp:
+        peftfast.tile_mlps(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
 
@@ -334,7 +337,7 @@ def point_of(
     layers, dense, checkpointing = config.num_hidden_layers, options.dense, options.checkpointing
     return Point(
         name, layers, dtype, tokens, dense, checkpointing, expert_share,
-        options.rank, options.embeddings, options.offloading, memory_limit,
+        options.rank, options.embeddings, options.offloading, memory_limit, options.tiled_mlp,
     )  # fmt: skip
 
 
@@ -597,6 +600,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="on a GPU: what goes from forward to backward waits in main memory",
     )
+    add("--tiled-mlp", action="store_true", help="MLPs run on 4096 tokens at a time")
     add(
         "--memory-limit",
         nargs="+",
@@ -616,6 +620,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(
                 f"--{'activation-' * (name == 'offloading')}{name.replace('_', '-')} takes --device cuda"
             )
+    if options.tiled_mlp and options.compare and not options.memory_limit:
+        parser.error("--tiled-mlp: with --compare both are timed on one model, and transformers has no tiles")
     if options.embeddings and options.compare and not options.memory_limit:
         parser.error(
             "--embeddings: with --compare both are timed on one model, and bitsandbytes has no such layers"
@@ -636,7 +642,9 @@ def main() -> None:
         STDERR.print(fact, highlight=False)
     for name, dtype, limit in itertools.product(options.model, options.dtype, options.memory_limit or []):
         own = argparse.Namespace(**vars(options) | {"compare": False})
-        stock = argparse.Namespace(**vars(options) | {"embeddings": None, "offloading": False})
+        stock = argparse.Namespace(
+            **vars(options) | {"embeddings": None, "offloading": False, "tiled_mlp": False}
+        )
         for contender in [own, stock] if options.compare else [own]:
             record.rows += in_own_process(run_limited, contender, name, dtype, limit, record.ceilings)
             record.save(path)

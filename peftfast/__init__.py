@@ -35,6 +35,7 @@ __all__ = [
     "offload_activations",
     "profile_experts",
     "report",
+    "tile_mlps",
 ]
 
 
@@ -47,6 +48,7 @@ _LATE = {
     "ExpertProfile": "peftfast.integrations.tuners.profile",
     "offload_activations": "peftfast.integrations.offload",
     "profile_experts": "peftfast.integrations.tuners.profile",
+    "tile_mlps": "peftfast.integrations.rowwise",
 }
 
 

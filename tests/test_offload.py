@@ -114,6 +114,15 @@ def test_a_step_is_the_same_bit_for_bit(base, checkpointing, fused, offloaded):
     assert not any(it() for it in offloaded), "the host's memory outlives the graph"
 
 
+@pytest.mark.parametrize("checkpointing", [None, "not-reentrant", "reentrant"])
+def test_the_inputs_of_tiles_are_offloaded(checkpointing, offloaded):
+    model = peftfast.tile_mlps(llama("dense", checkpointing), 7)
+    with peftfast.enabled():
+        plain = gradients(model, nullcontext())
+        assert_same_bits(gradients(model, offload_activations(model, device="cpu")), plain)
+    assert len(offloaded) >= 4
+
+
 @pytest.mark.parametrize("base", BASES)
 def test_weights_and_scales_stay(base, monkeypatch):
     taken = []

@@ -217,6 +217,20 @@ def test_one_layer_stands_for_all_that_are_alike(llama, monkeypatch, checkpointi
     assert plan(settings).memory == short
 
 
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_mlps_in_tiles_leave_room(tmp_path, checkpointing):
+    """Of 12 kB for a token in a layer's MLP, gate and up among them, there is a tile."""
+    LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=2048, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=32768,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    settings = PlanSettings(str(tmp_path), sequence_len=32768, checkpointing=checkpointing)
+    whole, tiled = (plan(replace(settings, tiled_mlp=on)).memory for on in (False, True))
+    assert whole.total - tiled.total > (1 if checkpointing else 2) * 20_000 * 12_000
+    short = replace(settings, sequence_len=4096)
+    assert plan(replace(short, tiled_mlp=True)).memory == plan(short).memory
+
+
 def test_accumulated_gradients_are_there_throughout(llama):
     once = PlanSettings(llama, sequence_len=512, checkpointing=False)
     memory = plan(replace(once, gradient_accumulation_steps=4)).memory

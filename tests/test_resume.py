@@ -595,6 +595,19 @@ def test_offloaded_activations_train_bit_for_bit_alike(settings, monkeypatch, ch
     assert result.losses == plain.losses
 
 
+def test_mlps_train_in_tiles(settings, monkeypatch, capsys):
+    options = dict(max_steps=3, logging_steps=1, eval_share=0, gradient_checkpointing=True)
+    plain, tiled = train(settings("plain", **options)), []
+    tile_mlps = trainer.tile_mlps
+    monkeypatch.setattr(trainer, "tile_mlps", lambda model: tiled.append(tile_mlps(model, 8)))
+    result = train(settings("tiled", tiled_mlp=True, **options))
+    assert len(tiled) == 1
+    assert dict(result.losses) == pytest.approx(dict(plain.losses), rel=1e-5)
+    monkeypatch.setattr(trainer, "tile_mlps", lambda model: tile_mlps(torch.nn.Identity()))
+    told = arguments(settings(tiled_mlp=True, overwrite=True))
+    assert "--tiled-mlp: model has no gated MLP that could run in tiles." in refusal(capsys, *told)
+
+
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="an accelerator is what this machine must lack")
 def test_offloading_takes_a_gpu(settings, capsys):
     assert "--activation-offloading takes a GPU" in refusal(
@@ -758,6 +771,7 @@ def test_gradients_are_clipped_and_weights_decay(settings, tmp_path):
         (dict(weight_decay=-1.0), "--weight-decay is a number of at least 0"),
         (dict(max_grad_norm=-1.0), "--max-grad-norm is a number of at least 0"),
         (dict(logging_steps=0), "--logging-steps is at least 1"),
+        (dict(tiled_mlp=True, backend="peft"), "--tiled-mlp goes with --backend peftfast"),
         (dict(save_steps=0), "--save-steps is at least 1"),
         (dict(eval_steps=2, eval_share=0.0), "--eval-steps goes with held-out data"),
         (dict(evals_per_epoch=2, eval_share=0.0), "--evals-per-epoch goes with held-out data"),

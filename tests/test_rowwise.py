@@ -11,6 +11,7 @@ import math
 import pytest
 import torch
 from conftest import random_states
+from peft import LoraConfig, get_peft_model
 from torch.library import opcheck
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -35,6 +36,7 @@ import peftfast
 from peftfast import nn as ours
 from peftfast import reference
 from peftfast.integrations import rowwise
+from peftfast.integrations.rowwise import TILE
 from peftfast.ops import rms_norm, swiglu
 from peftfast.testing import assert_as_accurate, bytes_saved_for_backward
 
@@ -830,6 +832,82 @@ def test_what_is_not_known_runs_its_own_code(change, reason):
         torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=1e-6)
     if reason is not None:
         assert reason in str(report) and any(reason in (layer.reason or "") for layer in report.rowwise)
+
+
+@pytest.mark.parametrize("checkpointing", [None, "not reentrant", "reentrant"])
+@pytest.mark.parametrize("tokens", [1, 7, 40, 41])
+def test_tiles_change_nothing(tokens, checkpointing):
+    """Of 2 x 20 tokens."""
+    model = model_of().train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+        model.model.embed_tokens.weight.requires_grad_()
+
+    def run():
+        model.zero_grad()
+        out = model(input_ids=torch.arange(40).reshape(2, 20) % 64, use_cache=False).logits
+        out.float().square().mean().backward()
+        return [out.detach(), *(parameter.grad for parameter in model.parameters())]
+
+    with peftfast.enabled(strict=True):
+        expected = run()
+        assert peftfast.tile_mlps(model, tokens) is model
+        tiled = copy.deepcopy(model)
+        got = run()
+        assert all(TILE in module.__dict__ for module in tiled.modules() if isinstance(module, LlamaMLP))
+        peftfast.tile_mlps(model, None)
+        assert_equal(run(), expected)
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=1e-6)
+
+
+def test_an_mlp_in_tiles_keeps_its_input_alone():
+    mlp = model_of().model.layers[0].mlp
+    x = torch.randn(2, 20, 32, requires_grad=True)
+    with peftfast.enabled(strict=True):
+        whole = bytes_saved_for_backward(lambda: mlp(x), [x, *mlp.parameters()])
+        peftfast.tile_mlps(mlp, 8)
+        in_tiles = bytes_saved_for_backward(lambda: mlp(x), [x, *mlp.parameters()])
+        with torch.no_grad():
+            assert torch.equal(mlp(x), mlp(x[:, None])[:, 0])
+    assert whole > x.nbytes and in_tiles == 0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_dropout_of_a_tile_is_made_again(checkpointing, monkeypatch):
+    model = get_peft_model(
+        model_of(), LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear", init_lora_weights=False)
+    ).train()
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def run():
+        model.zero_grad()
+        torch.manual_seed(3)
+        model(
+            input_ids=torch.arange(40).reshape(2, 20) % 64, use_cache=False
+        ).logits.square().mean().backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+
+    with peftfast.enabled(strict=True):
+        peftfast.tile_mlps(model, 16)
+        got = run()
+        monkeypatch.setattr(rowwise, "checkpoint", lambda function, *args, use_reentrant: function(*args))
+        assert_equal(got, run())
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens", "message"),
+    [
+        (torch.nn.Linear(2, 2), 8, "model has no gated MLP"),
+        (model_of().model.norm, 8, "model has no gated MLP"),
+        (model_of(), 0, "tokens is 0, expected at least 1"),
+    ],
+)
+def test_what_cannot_run_in_tiles(model, tokens, message):
+    with pytest.raises(ValueError, match=message):
+        peftfast.tile_mlps(model, tokens)
 
 
 @pytest.mark.parametrize("how", ["class", "forward"])

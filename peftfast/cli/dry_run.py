@@ -29,6 +29,7 @@ from peftfast.cli.experts import experts_of
 from peftfast.integrations import bases
 from peftfast.integrations.experts import quantized_parameters, quantized_weights
 from peftfast.integrations.offload import AHEAD, offload_activations
+from peftfast.integrations.rowwise import tile_mlps
 from peftfast.nn.quantized import QuantizedLayer
 from peftfast.ops import devices, fourbit
 from peftfast.ops.lora import DTYPES
@@ -60,6 +61,7 @@ class DryRun:
         *,
         checkpointing: bool,
         offloading: bool = False,
+        tiled_mlp: bool = False,
         accumulation: bool = False,
         on_gpu: bool = False,
     ) -> dict[str, int]:
@@ -68,6 +70,7 @@ class DryRun:
         Args:
             checkpointing: each decoder layer keeps its input alone, and runs once more in backward.
             offloading: what goes from forward to backward is in the host's memory, which is not counted.
+            tiled_mlp: MLPs run on some tokens at a time.
             accumulation: gradients of earlier batches are there already, and are not counted.
             on_gpu: as on a GPU, which computes more of the logits at a time, and decodes weights; else as on the CPU.
         Returns:
@@ -83,6 +86,8 @@ class DryRun:
             base.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         else:
             base.activation_checkpointing_disable()
+        if tiled_mlp:
+            tile_mlps(base)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         with self.mode:
             for parameter in trained:

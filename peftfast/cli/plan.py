@@ -73,6 +73,10 @@ class PlanSettings:
         ),
     ] = False
 
+    tiled_mlp: Annotated[
+        bool, Option("--tiled-mlp/--no-tiled-mlp", help="Run MLPs on 4096 tokens at a time.")
+    ] = False
+
     def to_train(self) -> TrainSettings:
         """The same as settings of a training run, which checks them."""
         if self.method not in METHODS:
@@ -305,6 +309,7 @@ class _Run:
                 sequence_len,
                 checkpointing=settings.checkpointing,
                 offloading=settings.activation_offloading,
+                tiled_mlp=settings.tiled_mlp,
                 accumulation=accumulation,
                 on_gpu=on_gpu,
             )

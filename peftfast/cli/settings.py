@@ -216,6 +216,13 @@ class TrainSettings:
             "layers' inputs, without it all that is not computed again.",
         ),
     ] = False
+    tiled_mlp: Annotated[
+        bool,
+        Option(
+            "--tiled-mlp/--no-tiled-mlp",
+            help="Run MLPs on 4096 tokens at a time, and again in backward: long sequences take far less memory.",
+        ),
+    ] = False
     epochs: Annotated[float, Option(help="Passes over the training data.")] = 3.0
     max_steps: Annotated[int | None, Option(help="Optimizer steps; overrides --epochs.")] = None
     micro_batch_size: Annotated[int, Option(help="Sequences per forward pass.")] = 8
@@ -363,6 +370,8 @@ class TrainSettings:
             raise UserError(
                 f"--attn-implementation {self.attn_implementation} computes in 16 bits: it goes with --dtype bf16."
             )
+        if self.tiled_mlp and self.backend == "peft":
+            raise UserError("--tiled-mlp goes with --backend peftfast.")
         if self.method == "prefix" and self.gradient_checkpointing and self.backend == "peft":
             raise MethodError(
                 "PEFT cannot checkpoint a prefix: --method prefix with --gradient-checkpointing goes with "

@@ -391,6 +391,8 @@ def _out_of_memory_said(settings: TrainSettings) -> Iterator[None]:
         ways = [f"--micro-batch-size {settings.micro_batch_size}"] if settings.micro_batch_size > 1 else []
         ways.append(f"--sequence-len {settings.sequence_len}")
         also = "" if settings.gradient_checkpointing else ", or pass --gradient-checkpointing"
+        if not also and not settings.tiled_mlp and settings.micro_batch_size * settings.sequence_len > 4096:
+            also = ", or pass --tiled-mlp"
         if not also and not settings.activation_offloading and torch.accelerator.is_available():
             also = ", or pass --activation-offloading"
         raise UserError(f"memory ran out: lower {' or '.join(ways)}{also}.") from error

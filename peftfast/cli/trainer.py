@@ -31,6 +31,7 @@ from peftfast.cli.processes import together
 from peftfast.cli.progress import peak_memory_mib
 from peftfast.cli.settings import TrainSettings
 from peftfast.integrations.offload import offload_activations
+from peftfast.integrations.rowwise import tile_mlps
 
 WEIGHTS_FILE = "trained_weights.safetensors"
 
@@ -105,6 +106,11 @@ class FineTuner(Trainer):
         self._offloading = (
             offload_activations(adapted.model) if settings.activation_offloading else contextlib.nullcontext()
         )
+        if settings.tiled_mlp:
+            try:
+                tile_mlps(adapted.model)
+            except ValueError as error:
+                raise UserError(f"--tiled-mlp: {first_sentence(error)}.") from error
         self._started: float | None = None  # while training
 
     def fine_tune(self, checkpoint: Checkpoint | None) -> None:

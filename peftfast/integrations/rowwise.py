@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from peftfast import reference
@@ -32,6 +34,7 @@ from peftfast.ops.rowwise import call_rms_norm, call_swiglu
 
 NAME = "rowwise"
 NAMES = re.compile(r"(RMSNorm|MLP|Mlp)$")
+TILE = "_peftfast_tile"  # on an MLP: the tokens of a tile; a plain value, so that copies keep it
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,14 @@ class GatedMlp:
         return "a global module hook is registered" if _has_any_global_hook() else None
 
     def call(self, mlp: nn.Module, x: Tensor) -> Tensor:
+        tokens = mlp.__dict__.get(TILE)
+        if tokens is None or math.prod(x.shape[:-1]) <= tokens:
+            return self._call(mlp, x)
+        run = functools.partial(checkpoint, use_reentrant=False) if torch.is_grad_enabled() else _apply
+        tiles = x.reshape(-1, x.shape[-1]).split(tokens)
+        return torch.cat([run(self._call, mlp, tile) for tile in tiles]).view(*x.shape[:-1], -1)
+
+    def _call(self, mlp: nn.Module, x: Tensor) -> Tensor:
         made = [getattr(mlp, name)(x) for name in self.inputs]
         gate, up = made if len(made) == 2 else made[0].chunk(2, dim=-1)
         activation = getattr(mlp, self.activation)
@@ -97,6 +108,10 @@ class GatedMlp:
             return mlp.down_proj(call_swiglu(gate, up, name_of_activation(activation)))
         forwards.fall_back(mlp, NAME, reason)
         return mlp.down_proj(activation(gate) * up)
+
+
+def _apply(function: Callable, *arguments: Any) -> Any:
+    return function(*arguments)
 
 
 MLPS = (GatedMlp(("gate_proj", "up_proj"), "act_fn"), GatedMlp(("gate_up_proj",), "activation_fn"))
@@ -155,6 +170,35 @@ def install_for(model: nn.Module) -> None:
     for kind in {_owner(type(module)) for module in model.modules()}:
         for stand_in_for_it in _stand_in_of(kind):
             forwards.install(*stand_in_for_it)
+
+
+def tile_mlps(model: nn.Module, tokens: int | None = 4096) -> nn.Module:
+    """Has the gated MLPs within `model` run on so many tokens at a time, and keep their input alone for backward.
+
+    What an MLP makes of a token takes several times the memory of all else in a layer; of a long sequence that is what
+    does not fit. In tiles it is there for one tile at a time, in forward and in backward, which computes each again:
+    one forward pass of the MLPs more, beside the one that activation checkpointing takes. Dropout is that of the first
+    pass. Works where MLPs run on the fast path (`peftfast.enable`); others stay as they are.
+
+    Args:
+        tokens: of a tile. None: no tiles any more.
+    Returns:
+        `model` itself.
+    Raises:
+        ValueError: tokens is below 1, or the model has no gated MLP that is known.
+    """
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"tokens is {tokens}, expected at least 1.")
+    mlps = [
+        it for it in model.modules() if answers_for(it) and not is_norm(it) and _why_not_layer(it) is None
+    ]
+    if not mlps:
+        raise ValueError("model has no gated MLP that could run in tiles.")
+    for mlp in mlps:
+        mlp.__dict__.pop(TILE, None)
+        if tokens is not None:
+            mlp.__dict__[TILE] = tokens
+    return model
 
 
 def _post_init(original: Callable) -> Callable:
