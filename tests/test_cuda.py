@@ -28,6 +28,24 @@ def test_the_build_says_what_it_has():
     assert state.startswith(("built by nvcc", "not built: ", "emulated"))
 
 
+@pytest.mark.parametrize(
+    "capabilities, loaded", [([(7, 5), (9, 0)], True), ([(8, 0)], True), ([(6, 1), (7, 5)], False)], ids=str
+)
+def test_one_gpu_that_serves_is_enough(capabilities, loaded, monkeypatch):
+    libraries = []
+    monkeypatch.setattr(_C, "cuda", "built by nvcc 0 for sm_0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device}")
+    monkeypatch.setattr(torch.ops, "load_library", libraries.append)
+    state = cuda_state.__wrapped__()
+    if loaded:
+        assert state.endswith("; loaded") and len(libraries) == 1
+    else:
+        assert state.endswith("GPU 1 has compute capability 7.5, and the kernels need 8.0") and not libraries
+
+
 # ---- which kernel ---------------------------------------------------------------------------------------------------
 
 
