@@ -156,6 +156,46 @@ def test_hopper_agrees_with_the_other_kernels(shape, dtype, quantized, monkeypat
         torch.testing.assert_close(ours, other, rtol=0.01, atol=0.02)
 
 
+emulated_or_on_gpu = pytest.mark.skipif(
+    not hasattr(_C, "cuda_choice") and "cuda" not in KERNEL_DEVICES,
+    reason=f"needs a GPU, or its kernels emulated: {cuda_state()}",
+)
+
+
+@emulated_or_on_gpu
+@pytest.mark.parametrize("shape", [(1, 600, 3), (200, 300, 4), (70, 131, 5), (40, 2400, 20)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_one_pass_over_the_gradient_gives_both(shape, dtype):
+    """V, which is seen in the gradients of x and A, and the gradient of B: where that pays they come of one pass."""
+    device = "cuda" if "cuda" in KERNEL_DEVICES else "cpu"
+    M, N, rank = shape
+    K = 32
+    tensors = torch.randn(M, K), torch.randn(N, K) / 10, torch.randn(rank, K) / 10, torch.randn(N, rank)
+    x, weight, A, B = (t.to(device, dtype) for t in tensors)
+    gradient = torch.randn(M, N).to(device, dtype)
+
+    def gradients(layer, x_dtype, factor_dtype):
+        inputs = [
+            t.to(kind).requires_grad_()
+            for t, kind in zip((x, A, B), (x_dtype, *[factor_dtype] * 2), strict=True)
+        ]
+        y = layer(*inputs)
+        return torch.autograd.grad(y, inputs, gradient.to(y.dtype))
+
+    def reference(x, A, B):
+        return x @ weight.double().T + 0.5 * x @ A.T @ B.T
+
+    def ours(x, A, B):
+        return ops.lora_linear(x, weight, A, B, 0.5)
+
+    first, second = (gradients(ours, dtype, torch.float32) for _ in range(2))
+    oracle = gradients(reference, torch.float64, torch.float64)
+    for got, twice, wanted in zip(first, second, oracle, strict=True):
+        assert torch.equal(got, twice)
+        error = (got.double() - wanted).norm() / wanted.norm()
+        assert error < (1e-6 if got.dtype == torch.float32 else torch.finfo(dtype).eps)
+
+
 # ---- on a GPU -------------------------------------------------------------------------------------------------------
 
 

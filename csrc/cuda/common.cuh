@@ -267,6 +267,18 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
+// Up to eight values of 16 bits in a row to shared memory, zeros after the first `count`; aligned ones arrive later.
+template <class T>
+__device__ __forceinline__ void fetch(char* to, const T* from, int64_t count, bool aligned) {
+  if (aligned) {
+    const int valid = static_cast<int>(count < 0 ? 0 : count < 8 ? count : 8);
+    copy_16_bytes(to, from, 2 * valid);
+  } else {
+    const Eight v = load_eight(from, count, false);
+    *reinterpret_cast<uint4*>(to) = {v.pair[0], v.pair[1], v.pair[2], v.pair[3]};
+  }
+}
+
 template <class T = char>
 __device__ __forceinline__ T* shared_memory() {
 #ifdef PEFTFAST_EMULATE_CUDA

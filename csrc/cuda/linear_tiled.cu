@@ -25,17 +25,6 @@ constexpr int64_t stage_bytes = (tile_rows + columns) * depth * 2;
 __device__ __forceinline__ int narrow_place(int row, int piece) { return row * 64 + ((piece ^ (row >> 1)) & 3) * 16; }
 __device__ __forceinline__ int wide_place(int row, int piece) { return row * 256 + (piece ^ (row & 7)) * 16; }
 
-template <class T>
-__device__ __forceinline__ void fetch(char* to, const T* from, int64_t count, bool aligned) {
-  if (aligned) {
-    const int valid = static_cast<int>(count < 0 ? 0 : count < 8 ? count : 8);
-    copy_16_bytes(to, from, 2 * valid);
-  } else {
-    const Eight v = load_eight(from, count, false);
-    *reinterpret_cast<uint4*>(to) = {v.pair[0], v.pair[1], v.pair[2], v.pair[3]};
-  }
-}
-
 // What a thread has read of a 4-bit W and not yet decoded: 16 codes in a row.
 struct Codes {
   uint32_t word[2];
