@@ -196,6 +196,38 @@ def test_one_pass_over_the_gradient_gives_both(shape, dtype):
         assert error < (1e-6 if got.dtype == torch.float32 else torch.finfo(dtype).eps)
 
 
+@emulated_or_on_gpu
+@pytest.mark.parametrize("M", [3, 20, 40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "4-bit"])
+def test_blocks_part_a_long_reduction(M, dtype, quantized):
+    """Few rows and columns make few blocks: several then share the reduction, forward and backward."""
+    device = "cuda" if "cuda" in KERNEL_DEVICES else "cpu"
+    features, rank = 4128, 4
+
+    def random(*shape):
+        return torch.randn(shape).to(device, dtype)
+
+    for N, K in (40, features), (features, 48):
+        weight, linear = random(N, K), ops.lora_linear
+        x, A, B, bias, gradient = random(M, K), random(rank, K), random(N, rank), random(N), random(M, N)
+        dense = weight
+        if quantized:
+            weight, linear = ops.fourbit_quantize(weight), ops.fourbit_linear
+            dense = ops.fourbit_dequantize(weight)
+
+        results = []
+        for _ in range(2):
+            inputs = x.clone().requires_grad_()
+            y = linear(inputs, weight, A, B, 0.5, bias=bias)
+            results.append((y, *torch.autograd.grad(y, inputs, gradient)))
+        W = dense.double() + 0.5 * B.double() @ A.double()
+        oracle = x.double() @ W.T + bias.double(), gradient.double() @ W
+        for got, again, wanted in zip(*results, oracle, strict=True):
+            assert torch.equal(got, again)
+            assert (got.double() - wanted).norm() / wanted.norm() < torch.finfo(dtype).eps / 2
+
+
 # ---- on a GPU -------------------------------------------------------------------------------------------------------
 
 

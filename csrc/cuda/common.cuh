@@ -354,7 +354,7 @@ struct Rows {
   Groups groups;
 
   // As many tiles as there can be, whatever the offsets say.
-  int64_t most_tiles(int height) const {
+  constexpr int64_t most_tiles(int height) const {
     return groups.offsets ? (M + groups.count * (height - 1)) / height : (M + height - 1) / height;
   }
 };

@@ -112,6 +112,16 @@ __global__ void __launch_bounds__(threads)
     store_float(out, i / Q * ld_out + i % Q, dtype, X[i / Q * ldx + i % Q]);
 }
 
+// The parts of a reduction, in their order.
+__global__ void __launch_bounds__(threads)
+    add_parts_kernel(const float* parts, int64_t splits, int64_t count, DType dtype, void* Y) {
+  for (int64_t i = blockIdx.x * int64_t{threads} + threadIdx.x; i < count; i += gridDim.x * int64_t{threads}) {
+    float sum = 0;
+    for (int64_t split = 0; split < splits; ++split) sum += parts[split * count + i];
+    store_float(Y, i, dtype, sum);
+  }
+}
+
 unsigned blocks_for(int64_t count) { return static_cast<unsigned>(std::min<int64_t>(ceil_div(count, threads), 4096)); }
 
 // A workspace for a decoded W stays below this.
@@ -179,12 +189,18 @@ void linear(const Linear& given, const Stream& stream) {
     args.W.dense = decoded.as<void>();
     args.W.fourbit = {};
   }
+  const int64_t splits = splits_of(args, choice, stream.multiprocessors), count = args.rows.M * args.P;
+  const Workspace parts(stream, splits > 1 ? splits * count * 4 : 0);
+  if (splits > 1) args.Y = parts.as<void>(), args.dtype = DType::f32;
   if (choice.kernel == Choice::few)
-    linear_few(args, choice.tile_rows, stream);
+    linear_few(args, choice.tile_rows, splits, stream);
   else if (choice.kernel == Choice::hopper)
     linear_hopper(args, stream);
   else
-    linear_tiled(args, choice.tile_rows, stream);
+    linear_tiled(args, choice.tile_rows, splits, stream);
+  if (splits > 1)
+    launch("add_parts", add_parts_kernel, {blocks_for(count), 1, 1}, threads, 0, stream,
+           static_cast<const float*>(parts.as<float>()), splits, count, given.dtype, given.Y);
 }
 
 }  // namespace peftfast::cuda

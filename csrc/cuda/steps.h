@@ -90,11 +90,15 @@ void outer(const Input& in, const float* V, const Factors& gradients, const Stre
 void down_and_outer(const Down& args, const float* V, const Factors& gradients, const Stream& stream);
 void decode(const FourBitMatrix& W, int64_t count, DType dtype, void* out, const Stream& stream);
 
-// The kernels that `linear` picks from, by what the operands are.
-void linear_plain(const Linear& args, const Stream& stream);                 // anything
-void linear_few(const Linear& args, int tile_rows, const Stream& stream);    // 16 bits, reduction contiguous
-void linear_tiled(const Linear& args, int tile_rows, const Stream& stream);  // 16 bits
-void linear_hopper(const Linear& args, const Stream& stream);                // 16 bits, as pick() says
+// The kernels that `linear` picks from, by what the operands are. Where blocks part the reduction, Y is [splits, M, P]
+// in fp32, of which the first has the low-rank term and the bias.
+void linear_plain(const Linear& args, const Stream& stream);  // anything
+// 16 bits, reduction contiguous.
+void linear_few(const Linear& args, int tile_rows, int64_t splits, const Stream& stream);
+void linear_tiled(const Linear& args, int tile_rows, int64_t splits, const Stream& stream);  // 16 bits
+void linear_hopper(const Linear& args, const Stream& stream);                                // 16 bits, as pick() says
+// What their blocks compute, and take of the reduction at a time.
+constexpr int few_columns = 32, few_depth = 1024, tiled_columns = 128, tiled_depth = 32;
 
 // Whether the GPU in use has what linear_hopper takes, and it is asked for: PEFTFAST_CUDA_WGMMA=1.
 bool hopper_in_use();
@@ -128,5 +132,15 @@ struct Choice {
   bool decode_first;  // a 4-bit W goes through a workspace rather than being decoded in the product
 };
 Choice pick(const Linear& args, bool hopper);
+
+// How many blocks part the reduction: where there would be fewer blocks than half the multiprocessors, so many that all
+// have one, as long as it pays to add up what they write. Groups of rows make blocks enough.
+constexpr int64_t splits_of(const Linear& args, const Choice& choice, int multiprocessors) {
+  const bool few = choice.kernel == Choice::few;
+  if ((!few && choice.kernel != Choice::tiled) || args.rows.groups.offsets) return 1;
+  const int64_t blocks = args.rows.most_tiles(choice.tile_rows) * ceil_div(args.P, few ? few_columns : tiled_columns);
+  const int64_t wanted = multiprocessors / blocks, most = args.Q / (few ? few_depth : 16 * tiled_depth);
+  return wanted < 2 || most < 2 ? 1 : wanted < most ? wanted : most;
+}
 
 }  // namespace peftfast::cuda
