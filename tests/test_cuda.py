@@ -228,6 +228,21 @@ def test_blocks_part_a_long_reduction(M, dtype, quantized):
             assert (got.double() - wanted).norm() / wanted.norm() < torch.finfo(dtype).eps / 2
 
 
+@emulated_or_on_gpu
+def test_where_a_weight_is_decoded_can_be_forced(monkeypatch):
+    device = "cuda" if "cuda" in KERNEL_DEVICES else "cpu"
+    x = torch.randn(20, 64).to(device, torch.bfloat16)
+    weight = ops.fourbit_quantize(torch.randn(48, 64).to(device, torch.bfloat16))
+    wanted = x.double() @ ops.fourbit_dequantize(weight).double().T
+    for way in "first", "within":
+        monkeypatch.setenv("PEFTFAST_CUDA_DECODE", way)
+        y = ops.fourbit_linear(x, weight)
+        assert (y.double() - wanted).norm() / wanted.norm() < torch.finfo(torch.bfloat16).eps / 2
+    monkeypatch.setenv("PEFTFAST_CUDA_DECODE", "never")
+    with pytest.raises(RuntimeError, match="PEFTFAST_CUDA_DECODE must be first or within, got never"):
+        ops.fourbit_linear(x, weight)
+
+
 # ---- on a GPU -------------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,6 @@
 // The base product: which kernel it runs on, and the plain one, which takes any dtype, shape and alignment.
+#include <cstdlib>
+#include <cstring>
 #include <type_traits>
 
 #include "weight.cuh"
@@ -129,7 +131,15 @@ constexpr int64_t most_decoded_bytes = int64_t{256} << 20;
 
 }  // namespace
 
-Choice pick(const Linear& args, bool hopper) {
+Decoding decoding_in_use() {
+  const char* wanted = std::getenv("PEFTFAST_CUDA_DECODE");
+  if (wanted == nullptr) return Decoding::by_rows;
+  if (std::strcmp(wanted, "first") == 0) return Decoding::first;
+  if (std::strcmp(wanted, "within") == 0) return Decoding::within;
+  throw std::runtime_error(std::string("PEFTFAST_CUDA_DECODE must be first or within, got ") + wanted + ".");
+}
+
+Choice pick(const Linear& args, bool hopper, Decoding decoding) {
   constexpr Choice plain{Choice::plain, 0, false};
   const bool four_bit = args.W.fourbit.blocksize != 0;
   if (args.compute == DType::f32 || (args.dtype != DType::f32 && args.dtype != args.compute)) return plain;
@@ -142,7 +152,8 @@ Choice pick(const Linear& args, bool hopper) {
   const bool decodable = line % 32 == 0 && reinterpret_cast<uintptr_t>(args.W.fourbit.packed) % 16 == 0;
   const bool fits = !grouped && args.P * args.Q * 2 <= most_decoded_bytes;
   if (four_bit && !decodable && !fits) return plain;
-  const bool decode_first = four_bit && fits && (!decodable || rows >= 512);
+  const bool first = decoding == Decoding::by_rows ? rows >= 512 : decoding == Decoding::first;
+  const bool decode_first = four_bit && fits && (!decodable || first);
   if (args.reduction_contiguous && !args.dropout && !decode_first && args.Q > 0) {
     if (rows <= 16) return {Choice::few, 16, false};
     if (rows <= 64 && four_bit) return {Choice::few, 64, false};
@@ -168,7 +179,7 @@ void linear(const Linear& given, const Stream& stream) {
            stream, args.rows, args.P * size_of(args.dtype), static_cast<char*>(args.Y));
   }
   if (!four_bit && args.W.dense == nullptr) args.Q = 0;  // adapters alone
-  const Choice choice = pick(args, hopper_in_use());
+  const Choice choice = pick(args, hopper_in_use(), decoding_in_use());
   if (choice.kernel == Choice::plain) {
     launch("linear", linear_plain_kernel,
            {static_cast<unsigned>(args.rows.most_tiles(tile)), static_cast<unsigned>(ceil_div(args.P, tile)), 1},

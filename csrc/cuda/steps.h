@@ -103,6 +103,11 @@ constexpr int few_columns = 32, few_depth = 1024, tiled_columns = 128, tiled_dep
 // Whether the GPU in use has what linear_hopper takes, and it is asked for: PEFTFAST_CUDA_WGMMA=1.
 bool hopper_in_use();
 
+// When a 4-bit W goes through a workspace: from a number of rows on, or as PEFTFAST_CUDA_DECODE says, `first` (wherever
+// it fits) or `within` the product (wherever that can be), so that the two can be timed.
+enum class Decoding { by_rows, first, within };
+Decoding decoding_in_use();
+
 // How many blocks part the columns of X and its rows in one pass, and whether that is better than two.
 struct OnePass {
   int64_t column_splits, row_splits;
@@ -131,7 +136,7 @@ struct Choice {
   int tile_rows;      // of few (16 or 64), tiled (32 or 128) and hopper (256)
   bool decode_first;  // a 4-bit W goes through a workspace rather than being decoded in the product
 };
-Choice pick(const Linear& args, bool hopper);
+Choice pick(const Linear& args, bool hopper, Decoding decoding = Decoding::by_rows);
 
 // How many blocks part the reduction: where there would be fewer blocks than half the multiprocessors, so many that all
 // have one, as long as it pays to add up what they write. Groups of rows make blocks enough.
