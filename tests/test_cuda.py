@@ -34,6 +34,24 @@ def test_the_build_says_what_it_has():
     assert state.startswith(("built by nvcc", "not built: ", "emulated"))
 
 
+@pytest.mark.parametrize(
+    "capabilities, loaded", [([(7, 5), (9, 0)], True), ([(8, 0)], True), ([(6, 1), (7, 5)], False)], ids=str
+)
+def test_one_gpu_that_serves_is_enough(capabilities, loaded, monkeypatch):
+    libraries = []
+    monkeypatch.setattr(_C, "cuda", "built by nvcc 0 for sm_0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device}")
+    monkeypatch.setattr(torch.ops, "load_library", libraries.append)
+    state = cuda_state.__wrapped__()
+    if loaded:
+        assert state.endswith("; loaded") and len(libraries) == 1
+    else:
+        assert state.endswith("GPU 1 has compute capability 7.5, and the kernels need 8.0") and not libraries
+
+
 # ---- which kernel ---------------------------------------------------------------------------------------------------
 
 
@@ -144,6 +162,93 @@ def test_hopper_agrees_with_the_other_kernels(shape, dtype, quantized, monkeypat
 
     for ours, other in zip(run("1"), run("0"), strict=True):
         torch.testing.assert_close(ours, other, rtol=0.01, atol=0.02)
+
+
+emulated_or_on_gpu = pytest.mark.skipif(
+    not hasattr(_C, "cuda_choice") and "cuda" not in KERNEL_DEVICES,
+    reason=f"needs a GPU, or its kernels emulated: {cuda_state()}",
+)
+
+
+@emulated_or_on_gpu
+@pytest.mark.parametrize("shape", [(1, 600, 3), (200, 300, 4), (70, 131, 5), (40, 2400, 20)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_one_pass_over_the_gradient_gives_both(shape, dtype):
+    """V, which is seen in the gradients of x and A, and the gradient of B: where that pays they come of one pass."""
+    device = "cuda" if "cuda" in KERNEL_DEVICES else "cpu"
+    M, N, rank = shape
+    K = 32
+    tensors = torch.randn(M, K), torch.randn(N, K) / 10, torch.randn(rank, K) / 10, torch.randn(N, rank)
+    x, weight, A, B = (t.to(device, dtype) for t in tensors)
+    gradient = torch.randn(M, N).to(device, dtype)
+
+    def gradients(layer, x_dtype, factor_dtype):
+        inputs = [
+            t.to(kind).requires_grad_()
+            for t, kind in zip((x, A, B), (x_dtype, *[factor_dtype] * 2), strict=True)
+        ]
+        y = layer(*inputs)
+        return torch.autograd.grad(y, inputs, gradient.to(y.dtype))
+
+    def reference(x, A, B):
+        return x @ weight.double().T + 0.5 * x @ A.T @ B.T
+
+    def ours(x, A, B):
+        return ops.lora_linear(x, weight, A, B, 0.5)
+
+    first, second = (gradients(ours, dtype, torch.float32) for _ in range(2))
+    oracle = gradients(reference, torch.float64, torch.float64)
+    for got, twice, wanted in zip(first, second, oracle, strict=True):
+        assert torch.equal(got, twice)
+        error = (got.double() - wanted).norm() / wanted.norm()
+        assert error < (1e-6 if got.dtype == torch.float32 else torch.finfo(dtype).eps)
+
+
+@emulated_or_on_gpu
+@pytest.mark.parametrize("M", [3, 20, 40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "4-bit"])
+def test_blocks_part_a_long_reduction(M, dtype, quantized):
+    """Few rows and columns make few blocks: several then share the reduction, forward and backward."""
+    device = "cuda" if "cuda" in KERNEL_DEVICES else "cpu"
+    features, rank = 4128, 4
+
+    def random(*shape):
+        return torch.randn(shape).to(device, dtype)
+
+    for N, K in (40, features), (features, 48):
+        weight, linear = random(N, K), ops.lora_linear
+        x, A, B, bias, gradient = random(M, K), random(rank, K), random(N, rank), random(N), random(M, N)
+        dense = weight
+        if quantized:
+            weight, linear = ops.fourbit_quantize(weight), ops.fourbit_linear
+            dense = ops.fourbit_dequantize(weight)
+
+        results = []
+        for _ in range(2):
+            inputs = x.clone().requires_grad_()
+            y = linear(inputs, weight, A, B, 0.5, bias=bias)
+            results.append((y, *torch.autograd.grad(y, inputs, gradient)))
+        W = dense.double() + 0.5 * B.double() @ A.double()
+        oracle = x.double() @ W.T + bias.double(), gradient.double() @ W
+        for got, again, wanted in zip(*results, oracle, strict=True):
+            assert torch.equal(got, again)
+            assert (got.double() - wanted).norm() / wanted.norm() < torch.finfo(dtype).eps / 2
+
+
+@emulated_or_on_gpu
+def test_where_a_weight_is_decoded_can_be_forced(monkeypatch):
+    device = "cuda" if "cuda" in KERNEL_DEVICES else "cpu"
+    x = torch.randn(20, 64).to(device, torch.bfloat16)
+    weight = ops.fourbit_quantize(torch.randn(48, 64).to(device, torch.bfloat16))
+    wanted = x.double() @ ops.fourbit_dequantize(weight).double().T
+    for way in "first", "within":
+        monkeypatch.setenv("PEFTFAST_CUDA_DECODE", way)
+        y = ops.fourbit_linear(x, weight)
+        assert (y.double() - wanted).norm() / wanted.norm() < torch.finfo(torch.bfloat16).eps / 2
+    monkeypatch.setenv("PEFTFAST_CUDA_DECODE", "never")
+    with pytest.raises(RuntimeError, match="PEFTFAST_CUDA_DECODE must be first or within, got never"):
+        ops.fourbit_linear(x, weight)
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------

@@ -267,6 +267,18 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
+// Up to eight values of 16 bits in a row to shared memory, zeros after the first `count`; aligned ones arrive later.
+template <class T>
+__device__ __forceinline__ void fetch(char* to, const T* from, int64_t count, bool aligned) {
+  if (aligned) {
+    const int valid = static_cast<int>(count < 0 ? 0 : count < 8 ? count : 8);
+    copy_16_bytes(to, from, 2 * valid);
+  } else {
+    const Eight v = load_eight(from, count, false);
+    *reinterpret_cast<uint4*>(to) = {v.pair[0], v.pair[1], v.pair[2], v.pair[3]};
+  }
+}
+
 template <class T = char>
 __device__ __forceinline__ T* shared_memory() {
 #ifdef PEFTFAST_EMULATE_CUDA
@@ -342,7 +354,7 @@ struct Rows {
   Groups groups;
 
   // As many tiles as there can be, whatever the offsets say.
-  int64_t most_tiles(int height) const {
+  constexpr int64_t most_tiles(int height) const {
     return groups.offsets ? (M + groups.count * (height - 1)) / height : (M + height - 1) / height;
   }
 };
@@ -407,6 +419,28 @@ class Workspace {
   void* data_;
 };
 
+#ifndef PEFTFAST_EMULATE_CUDA
+// Says which GPU this is and what was built. The list is nvcc's, of what the translation unit is compiled for.
+[[noreturn]] static void refuse_this_gpu(const char* reason) {
+  int device = 0;
+  cudaDeviceProp gpu{};
+  cudaGetDevice(&device);
+  cudaGetDeviceProperties(&gpu, device);
+  const auto capability = [](int major, int minor) { return std::to_string(major) + "." + std::to_string(minor); };
+  std::string built;
+  for (const int architecture : {__CUDA_ARCH_LIST__})
+    built += (built.empty() ? "" : ", ") + capability(architecture / 100, architecture / 10 % 10);
+  std::string message = std::string("peftfast has no kernels for ") + gpu.name + " of compute capability " +
+                        capability(gpu.major, gpu.minor) + ": it was built for " + built + " (" + reason + "). ";
+  if (gpu.major < 8)
+    message += "They need 8.0; CUDA_VISIBLE_DEVICES can hide this GPU.";
+  else
+    message += "Build it with PEFTFAST_CMAKE_ARGS=-DCMAKE_CUDA_ARCHITECTURES=" + std::to_string(gpu.major) +
+               std::to_string(gpu.minor) + " pip install --no-build-isolation -e .";
+  throw std::runtime_error(message);
+}
+#endif
+
 template <class... Parameters>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes,
             const Stream& stream, const Parameters&... arguments) {
@@ -415,17 +449,22 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int thre
   (void)name, (void)stream;
   emulation::run(grid, threads, shared_bytes, [&] { kernel(arguments...); });
 #else
-  const auto check = [&](cudaError_t error) {
-    if (error == cudaErrorNoKernelImageForDevice)
-      throw std::runtime_error("peftfast was not built for this GPU; build it with -DCMAKE_CUDA_ARCHITECTURES=native.");
-    if (error != cudaSuccess)
-      throw std::runtime_error(std::string("peftfast's kernel ") + name + ": " + cudaGetErrorString(error));
+  const auto check = [&](cudaError_t error, bool no_kernel) {
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // or whoever launches next would take it for their own
+    if (no_kernel || error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction)
+      refuse_this_gpu(cudaGetErrorString(error));
+    throw std::runtime_error(std::string("peftfast's kernel ") + name + ": " + cudaGetErrorString(error));
   };
-  if (shared_bytes > 48 * 1024)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    check(error, error == cudaErrorInvalidValue);  // also where a GPU has less shared memory than one of 8.0 and later
+  }
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
   check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), pointers, shared_bytes,
-                         static_cast<cudaStream_t>(stream.handle)));
+                         static_cast<cudaStream_t>(stream.handle)),
+        false);
 #endif
 }
 

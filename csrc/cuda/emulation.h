@@ -104,3 +104,4 @@ inline uint32_t __ballot_sync(uint32_t, int predicate) {
 }
 
 inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }
+inline int __ffsll(int64_t x) { return __builtin_ffsll(x); }

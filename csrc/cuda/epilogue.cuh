@@ -81,6 +81,20 @@ class LowRankTerm {
   float (*l_)[columns];
 };
 
+// Steps of the reduction.
+struct Part {
+  int64_t first, end;
+};
+// Those of this block, where several part the reduction. It writes a Y of its own, and what is added but once is left
+// to the first of them.
+__device__ __forceinline__ Part part_of(int64_t steps, Linear& args, Tile& rows) {
+  if (gridDim.z == 1) return {0, steps};
+  args.Y = static_cast<float*>(args.Y) + blockIdx.z * args.rows.M * args.P;
+  if (blockIdx.z > 0) args.bias = nullptr, rows.slot = -1;
+  const int64_t size = (steps + gridDim.z - 1) / gridDim.z, first = blockIdx.z * size;
+  return {first, first + size < steps ? first + size : steps};
+}
+
 // Fragments to Y, with the bias: `row` and `p` are those of the thread's first value.
 template <class T, int fragments>
 __device__ __forceinline__ void store_fragments(const Linear& args, const Tile& rows, int64_t row, int64_t p,

@@ -1,48 +1,55 @@
-// Quantization to 4 bits and back. A thread decodes 32 codes: 16 bytes in, one scale, quantized or not, 64 bytes out. A
-// warp quantizes a block. Values, codes and scales are those of csrc/cpu, bit for bit.
+// Quantization to 4 bits and back. Values, codes and scales are those of csrc/cpu, bit for bit.
+//
+// A thread decodes what makes 16 bytes, and four times so, at a stride: each store of a warp is 512 bytes in a row, and
+// all of a thread's codes and scales, quantized or not, are on their way before the first is looked up. A warp
+// quantizes a block.
+#include <type_traits>
+
 #include "weight.cuh"
 
 namespace peftfast::cuda {
 namespace {
 
 constexpr int threads = 256;
-constexpr int64_t codes_per_thread = 32;
-
+constexpr int pieces = 4;  // of a thread
 template <class T>
-__global__ void __launch_bounds__(threads) decode_kernel(FourBitMatrix W, int64_t count, T* out) {
+constexpr int64_t piece_codes = 16 / sizeof(T);
+
+// For more than four blocks on a multiprocessor the compiler would spill.
+template <class T>
+__global__ void __launch_bounds__(threads, 4) decode_kernel(FourBitMatrix W, int64_t count, T* out, bool aligned) {
+  constexpr int64_t codes = piece_codes<T>;
+  using Word = std::conditional_t<codes == 8, uint32_t, uint16_t>;
   float* codebook = shared_memory<float>();
   fill_codebook(W.type, codebook);
   __syncthreads();
   const int lane = threadIdx.x % lanes;
-  const int64_t first = (blockIdx.x * int64_t{threads} + threadIdx.x) * codes_per_thread;
-  if (first >= count) return;
-  const float scale = absmax_of(W, first);
-  if (count - first < codes_per_thread || reinterpret_cast<uintptr_t>(W.packed) % 16 != 0 ||
-      reinterpret_cast<uintptr_t>(out) % 16 != 0) {
-    for (int64_t i = first; i < count && i < first + codes_per_thread; ++i) {
-      const int code = i % 2 ? W.packed[i / 2] & 15 : W.packed[i / 2] >> 4;
-      out[i] = from_float<T>(codebook[code * lanes + lane] * scale);
-    }
-    return;
+  const auto first_of_piece = [&](int i) {
+    return ((blockIdx.x * pieces + i) * int64_t{threads} + threadIdx.x) * codes;
+  };
+  uint32_t words[pieces];
+  float scale[pieces];
+#pragma unroll
+  for (int i = 0; i < pieces; ++i) {
+    const int64_t first = first_of_piece(i);
+    words[i] = aligned && first + codes <= count ? *reinterpret_cast<const Word*>(W.packed + first / 2) : 0;
+    scale[i] = first < count ? absmax_of(W, first) : 0;
   }
-  const uint4 codes = *reinterpret_cast<const uint4*>(W.packed + first / 2);
-  const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (sizeof(T) == 4) {
-      float values[8];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        values[2 * j] = codebook[((words[i] >> (8 * j + 4)) & 15) * lanes + lane] * scale;
-        values[2 * j + 1] = codebook[((words[i] >> (8 * j)) & 15) * lanes + lane] * scale;
+  for (int i = 0; i < pieces; ++i) {
+    const int64_t first = first_of_piece(i);
+    if (!aligned || first + codes > count) {
+      for (int64_t j = first; j < count && j < first + codes; ++j) {
+        const int code = j % 2 ? W.packed[j / 2] & 15 : W.packed[j / 2] >> 4;
+        out[j] = from_float<T>(codebook[code * lanes + lane] * scale[i]);
       }
-      float4* to = reinterpret_cast<float4*>(out + first + 8 * i);
-      to[0] = {values[0], values[1], values[2], values[3]};
-      to[1] = {values[4], values[5], values[6], values[7]};
+    } else if constexpr (codes == 4) {
+      const auto value = [&](int shift) { return codebook[((words[i] >> shift) & 15) * lanes + lane] * scale[i]; };
+      *reinterpret_cast<float4*>(out + first) = {value(4), value(0), value(12), value(8)};
     } else {
       uint32_t pairs[4];
-      decode_eight<T>(words[i], scale, codebook, lane, pairs);
-      *reinterpret_cast<uint4*>(out + first + 8 * i) = {pairs[0], pairs[1], pairs[2], pairs[3]};
+      decode_eight<T>(words[i], scale[i], codebook, lane, pairs);
+      *reinterpret_cast<uint4*>(out + first) = {pairs[0], pairs[1], pairs[2], pairs[3]};
     }
   }
 }
@@ -128,16 +135,22 @@ __global__ void __launch_bounds__(threads) quantize_absmax_kernel(AbsmaxQuantize
 
 dim3 blocks_for(int64_t count, int64_t per_block) { return {static_cast<unsigned>(ceil_div(count, per_block)), 1, 1}; }
 
+template <class T>
+void launch_decode(const FourBitMatrix& W, int64_t count, T* out, const Stream& stream) {
+  const bool aligned = reinterpret_cast<uintptr_t>(W.packed) % 4 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0;
+  launch("decode", decode_kernel<T>, blocks_for(count, threads * pieces * piece_codes<T>), threads, codebook_bytes,
+         stream, W, count, out, aligned);
+}
+
 }  // namespace
 
 void decode(const FourBitMatrix& W, int64_t count, DType dtype, void* out, const Stream& stream) {
-  const dim3 grid = blocks_for(count, threads * codes_per_thread);
   if (dtype == DType::f32)
-    launch("decode", decode_kernel<float>, grid, threads, codebook_bytes, stream, W, count, static_cast<float*>(out));
+    launch_decode(W, count, static_cast<float*>(out), stream);
   else if (dtype == DType::bf16)
-    launch("decode", decode_kernel<bf16>, grid, threads, codebook_bytes, stream, W, count, static_cast<bf16*>(out));
+    launch_decode(W, count, static_cast<bf16*>(out), stream);
   else
-    launch("decode", decode_kernel<f16>, grid, threads, codebook_bytes, stream, W, count, static_cast<f16*>(out));
+    launch_decode(W, count, static_cast<f16*>(out), stream);
 }
 
 void fourbit_dequantize(const FourBitDequantizeArgs& args, const Stream& stream) {

@@ -1,4 +1,6 @@
 // The base product: which kernel it runs on, and the plain one, which takes any dtype, shape and alignment.
+#include <cstdlib>
+#include <cstring>
 #include <type_traits>
 
 #include "weight.cuh"
@@ -112,6 +114,16 @@ __global__ void __launch_bounds__(threads)
     store_float(out, i / Q * ld_out + i % Q, dtype, X[i / Q * ldx + i % Q]);
 }
 
+// The parts of a reduction, in their order.
+__global__ void __launch_bounds__(threads)
+    add_parts_kernel(const float* parts, int64_t splits, int64_t count, DType dtype, void* Y) {
+  for (int64_t i = blockIdx.x * int64_t{threads} + threadIdx.x; i < count; i += gridDim.x * int64_t{threads}) {
+    float sum = 0;
+    for (int64_t split = 0; split < splits; ++split) sum += parts[split * count + i];
+    store_float(Y, i, dtype, sum);
+  }
+}
+
 unsigned blocks_for(int64_t count) { return static_cast<unsigned>(std::min<int64_t>(ceil_div(count, threads), 4096)); }
 
 // A workspace for a decoded W stays below this.
@@ -119,7 +131,15 @@ constexpr int64_t most_decoded_bytes = int64_t{256} << 20;
 
 }  // namespace
 
-Choice pick(const Linear& args, bool hopper) {
+Decoding decoding_in_use() {
+  const char* wanted = std::getenv("PEFTFAST_CUDA_DECODE");
+  if (wanted == nullptr) return Decoding::by_rows;
+  if (std::strcmp(wanted, "first") == 0) return Decoding::first;
+  if (std::strcmp(wanted, "within") == 0) return Decoding::within;
+  throw std::runtime_error(std::string("PEFTFAST_CUDA_DECODE must be first or within, got ") + wanted + ".");
+}
+
+Choice pick(const Linear& args, bool hopper, Decoding decoding) {
   constexpr Choice plain{Choice::plain, 0, false};
   const bool four_bit = args.W.fourbit.blocksize != 0;
   if (args.compute == DType::f32 || (args.dtype != DType::f32 && args.dtype != args.compute)) return plain;
@@ -132,7 +152,8 @@ Choice pick(const Linear& args, bool hopper) {
   const bool decodable = line % 32 == 0 && reinterpret_cast<uintptr_t>(args.W.fourbit.packed) % 16 == 0;
   const bool fits = !grouped && args.P * args.Q * 2 <= most_decoded_bytes;
   if (four_bit && !decodable && !fits) return plain;
-  const bool decode_first = four_bit && fits && (!decodable || rows >= 512);
+  const bool first = decoding == Decoding::by_rows ? rows >= 512 : decoding == Decoding::first;
+  const bool decode_first = four_bit && fits && (!decodable || first);
   if (args.reduction_contiguous && !args.dropout && !decode_first && args.Q > 0) {
     if (rows <= 16) return {Choice::few, 16, false};
     if (rows <= 64 && four_bit) return {Choice::few, 64, false};
@@ -158,7 +179,7 @@ void linear(const Linear& given, const Stream& stream) {
            stream, args.rows, args.P * size_of(args.dtype), static_cast<char*>(args.Y));
   }
   if (!four_bit && args.W.dense == nullptr) args.Q = 0;  // adapters alone
-  const Choice choice = pick(args, hopper_in_use());
+  const Choice choice = pick(args, hopper_in_use(), decoding_in_use());
   if (choice.kernel == Choice::plain) {
     launch("linear", linear_plain_kernel,
            {static_cast<unsigned>(args.rows.most_tiles(tile)), static_cast<unsigned>(ceil_div(args.P, tile)), 1},
@@ -179,12 +200,18 @@ void linear(const Linear& given, const Stream& stream) {
     args.W.dense = decoded.as<void>();
     args.W.fourbit = {};
   }
+  const int64_t splits = splits_of(args, choice, stream.multiprocessors), count = args.rows.M * args.P;
+  const Workspace parts(stream, splits > 1 ? splits * count * 4 : 0);
+  if (splits > 1) args.Y = parts.as<void>(), args.dtype = DType::f32;
   if (choice.kernel == Choice::few)
-    linear_few(args, choice.tile_rows, stream);
+    linear_few(args, choice.tile_rows, splits, stream);
   else if (choice.kernel == Choice::hopper)
     linear_hopper(args, stream);
   else
-    linear_tiled(args, choice.tile_rows, stream);
+    linear_tiled(args, choice.tile_rows, splits, stream);
+  if (splits > 1)
+    launch("add_parts", add_parts_kernel, {blocks_for(count), 1, 1}, threads, 0, stream,
+           static_cast<const float*>(parts.as<float>()), splits, count, given.dtype, given.Y);
 }
 
 }  // namespace peftfast::cuda

@@ -6,8 +6,9 @@
 //         +---------+          +---------+       on the way to shared memory: its codes are read before the products of
 //                                                a stage and looked up after them.
 //
-// The accumulators start from the low-rank term and Y is written once. Rows of 16-byte pieces in shared memory are
-// rotated so that the eight rows of a matrix that ldmatrix reads lie in different banks.
+// The accumulators start from the low-rank term and Y is written once, unless blocks part the reduction. Rows of
+// 16-byte pieces in shared memory are rotated so that the eight rows of a matrix that ldmatrix reads lie in different
+// banks.
 #include <type_traits>
 
 #include "epilogue.cuh"
@@ -16,7 +17,7 @@
 namespace peftfast::cuda {
 namespace {
 
-constexpr int threads = 256, columns = 128, depth = 32, stages = 3;
+constexpr int threads = 256, columns = tiled_columns, depth = tiled_depth, stages = 3;
 
 template <int tile_rows>
 constexpr int64_t stage_bytes = (tile_rows + columns) * depth * 2;
@@ -24,17 +25,6 @@ constexpr int64_t stage_bytes = (tile_rows + columns) * depth * 2;
 // Where piece `piece` of 16 bytes of a row of `depth` (X, straight W) or `columns` (W stored [Q, P]) values lies.
 __device__ __forceinline__ int narrow_place(int row, int piece) { return row * 64 + ((piece ^ (row >> 1)) & 3) * 16; }
 __device__ __forceinline__ int wide_place(int row, int piece) { return row * 256 + (piece ^ (row & 7)) * 16; }
-
-template <class T>
-__device__ __forceinline__ void fetch(char* to, const T* from, int64_t count, bool aligned) {
-  if (aligned) {
-    const int valid = static_cast<int>(count < 0 ? 0 : count < 8 ? count : 8);
-    copy_16_bytes(to, from, 2 * valid);
-  } else {
-    const Eight v = load_eight(from, count, false);
-    *reinterpret_cast<uint4*>(to) = {v.pair[0], v.pair[1], v.pair[2], v.pair[3]};
-  }
-}
 
 // What a thread has read of a 4-bit W and not yet decoded: 16 codes in a row.
 struct Codes {
@@ -47,8 +37,9 @@ __global__ void __launch_bounds__(threads) linear_kernel(Linear args, bool align
   constexpr int warps_down = tile_rows == 128 ? 2 : 1, warps_across = 8 / warps_down;
   constexpr int warp_rows = tile_rows / warps_down, warp_columns = columns / warps_across;
   constexpr int row_fragments = warp_rows / 16, column_fragments = warp_columns / 8;
-  const Tile rows = tile_of(args.rows, blockIdx.x, tile_rows);
+  Tile rows = tile_of(args.rows, blockIdx.x, tile_rows);
   if (rows.first >= rows.end) return;
+  const Part part = part_of((args.Q + depth - 1) / depth, args, rows);
   const int64_t column = blockIdx.y * int64_t{columns};
   const int lane = threadIdx.x % lanes, warp = threadIdx.x / lanes, g = lane / 4, t = lane % 4;
   const int row_of_warp = warp / warps_across * warp_rows, column_of_warp = warp % warps_across * warp_columns;
@@ -120,9 +111,8 @@ __global__ void __launch_bounds__(threads) linear_kernel(Linear args, bool align
     }
   };
 
-  const int64_t steps = (args.Q + depth - 1) / depth;
-  for (int64_t step = 0; step < stages - 1; ++step) {
-    if (step < steps) {
+  for (int64_t step = part.first; step < part.first + stages - 1; ++step) {
+    if (step < part.end) {
       fetch_X(step);
       if constexpr (four_bit)
         decode_codes(step, read_codes(step));
@@ -131,12 +121,12 @@ __global__ void __launch_bounds__(threads) linear_kernel(Linear args, bool align
     }
     commit_copies();
   }
-  for (int64_t step = 0; step < steps; ++step) {
+  for (int64_t step = part.first; step < part.end; ++step) {
     wait_for_copies<stages - 2>();
     __syncthreads();  // this step has arrived for all, and all are done with the one before
     const int64_t next = step + stages - 1;
     [[maybe_unused]] Codes codes;
-    if (next < steps) {
+    if (next < part.end) {
       fetch_X(next);
       if constexpr (four_bit)
         codes = read_codes(next);
@@ -166,7 +156,7 @@ __global__ void __launch_bounds__(threads) linear_kernel(Linear args, bool align
           multiply_16x8x16<T>(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
     }
     if constexpr (four_bit)
-      if (next < steps) decode_codes(next, codes);
+      if (next < part.end) decode_codes(next, codes);
   }
   wait_for_copies<0>();
 
@@ -176,9 +166,9 @@ __global__ void __launch_bounds__(threads) linear_kernel(Linear args, bool align
 }
 
 template <class T, int tile_rows, bool straight, bool four_bit>
-void launch_tiled(const Linear& args, const Stream& stream) {
+void launch_tiled(const Linear& args, int64_t splits, const Stream& stream) {
   const dim3 grid{static_cast<unsigned>(args.rows.most_tiles(tile_rows)),
-                  static_cast<unsigned>(ceil_div(args.P, columns)), 1};
+                  static_cast<unsigned>(ceil_div(args.P, columns)), static_cast<unsigned>(splits)};
   static_assert(LowRankTerm<tile_rows, columns, threads>::bytes <= stages * stage_bytes<tile_rows>);
   launch("linear", linear_kernel<T, tile_rows, straight, four_bit>, grid, threads,
          stages * stage_bytes<tile_rows> + (four_bit ? codebook_bytes : 0), stream, args, in_16_bytes(args.X, args.ldx),
@@ -186,23 +176,23 @@ void launch_tiled(const Linear& args, const Stream& stream) {
 }
 
 template <class T, int tile_rows>
-void launch_tiled(const Linear& args, const Stream& stream) {
+void launch_tiled(const Linear& args, int64_t splits, const Stream& stream) {
   const bool four_bit = args.W.fourbit.blocksize != 0;
   if (args.reduction_contiguous)
-    four_bit ? launch_tiled<T, tile_rows, true, true>(args, stream)
-             : launch_tiled<T, tile_rows, true, false>(args, stream);
+    four_bit ? launch_tiled<T, tile_rows, true, true>(args, splits, stream)
+             : launch_tiled<T, tile_rows, true, false>(args, splits, stream);
   else
-    four_bit ? launch_tiled<T, tile_rows, false, true>(args, stream)
-             : launch_tiled<T, tile_rows, false, false>(args, stream);
+    four_bit ? launch_tiled<T, tile_rows, false, true>(args, splits, stream)
+             : launch_tiled<T, tile_rows, false, false>(args, splits, stream);
 }
 
 }  // namespace
 
-void linear_tiled(const Linear& args, int tile_rows, const Stream& stream) {
+void linear_tiled(const Linear& args, int tile_rows, int64_t splits, const Stream& stream) {
   if (args.compute == DType::bf16)
-    tile_rows == 128 ? launch_tiled<bf16, 128>(args, stream) : launch_tiled<bf16, 32>(args, stream);
+    tile_rows == 128 ? launch_tiled<bf16, 128>(args, splits, stream) : launch_tiled<bf16, 32>(args, splits, stream);
   else
-    tile_rows == 128 ? launch_tiled<f16, 128>(args, stream) : launch_tiled<f16, 32>(args, stream);
+    tile_rows == 128 ? launch_tiled<f16, 128>(args, splits, stream) : launch_tiled<f16, 32>(args, splits, stream);
 }
 
 }  // namespace peftfast::cuda

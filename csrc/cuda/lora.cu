@@ -102,7 +102,13 @@ void lora_linear_backward(const LoraLinearBackwardArgs& backward, const Stream& 
   const Input G{rows, args.dtype, backward.G, backward.ldg, args.N, adapters.ranks, false};
   const bool wants_V = adapters.any_A || backward.dX;
   const Workspace V(stream, wants_V ? args.M * adapters.ranks.R * 4 : 0);
-  if (wants_V) down({G, B.data(), V.as<float>()}, stream);
+  const Down down_G{G, B.data(), V.as<float>()};
+  if (wants_V && adapters.any_B)
+    down_and_outer(down_G, args.U, adapters.grad_B, stream);
+  else if (wants_V)
+    down(down_G, stream);
+  else if (adapters.any_B)
+    outer(G, args.U, adapters.grad_B, stream);
   if (backward.dX) {
     const Packed A(adapters.A, nullptr, stream);
     linear({.rows = rows,
@@ -122,7 +128,6 @@ void lora_linear_backward(const LoraLinearBackwardArgs& backward, const Stream& 
            stream);
   }
   if (adapters.any_A) outer(X, V.as<float>(), adapters.grad_A, stream);
-  if (adapters.any_B) outer(G, args.U, adapters.grad_B, stream);
 }
 
 }  // namespace peftfast::cuda

@@ -3,10 +3,25 @@
 //   down    a warp holds 16 rows and 16 ranks; the warps of a block part the reduction and add up through shared memory
 //   outer   a warp holds 16 ranks and 64 columns; the warps of a block part the rows
 //
-// Both read X straight into the registers of the tensor cores, 16 bytes a lane, with no shared memory on the way: which
-// element of the reduction stands where in a fragment does not matter, so long as both operands agree. X in 16 bits is
-// exact in tf32; the fp32 factor is split in three tf32 parts, whose products are added. Tensor cores cut off where
-// fp32 rounds, so they sum no more than eight products of the large parts, and ordinary additions take it from there.
+// Each reads X straight into the registers of the tensor cores, 16 bytes a lane, with no shared memory on the way:
+// which element of the reduction stands where in a fragment does not matter, so long as both operands agree. X in 16
+// bits is exact in tf32; the fp32 factor is split in three tf32 parts, whose products are added. Tensor cores cut off
+// where fp32 rounds, so they sum no more than eight products of the large parts, and ordinary additions take it from
+// there.
+//
+// Down reduces along a row of X and outer along a column, so that one wants for a lane what the other has across lanes.
+// A pass that serves both has X in shared memory, which ldmatrix reads either way:
+//
+//                    256 columns
+//            +------+------+------+------+
+//   16 rows  |  32  |      |      |  ... |   --> U, summed over the eight warps and the columns of this block
+//            +------+------+------+------+       A warp has 32 columns; three such tiles are under way. A block goes
+//                        |                       down its rows, then to its next 256 columns. D stays in registers
+//                        v                       meanwhile: with more columns to a warp, one block would take those
+//                        D, summed over          of a whole multiprocessor.
+//                        the rows of this block
+//
+// Blocks write their sums side by side, and a second launch adds them up in their order.
 #include <type_traits>
 
 #include "steps.h"
@@ -93,6 +108,12 @@ void each_chunk(const Factors& factors, Launch launch) {
     launch(chunk, dim3{static_cast<unsigned>(std::min<int64_t>(ceil_div(largest, 256), 1024)),
                        static_cast<unsigned>(count), static_cast<unsigned>(factors.slots)});
   }
+}
+
+void unpack(const Factors& gradients, const float* D, int64_t splits, const Stream& stream) {
+  each_chunk(gradients, [&](const FactorChunk& chunk, dim3 grid) {
+    launch("unpack", unpack_kernel, grid, 256, 0, stream, chunk, D, splits);
+  });
 }
 
 // ---- reading X ----------------------------------------------------------------------------------------------------
@@ -321,6 +342,162 @@ __global__ void __launch_bounds__(threads) outer_plain_kernel(Outer args) {
         in.dropout ? sum * ranks.keep_scale : sum;
 }
 
+// ---- down and outer -----------------------------------------------------------------------------------------------
+
+constexpr int pass_stages = 3;
+constexpr int64_t pass_stage_bytes = pass_rows * pass_columns * 2;
+constexpr int pass_pitch = pass_columns + 8;  // of A in shared memory: eight ranks of a warp lie in different banks
+constexpr int64_t pass_shared_bytes =
+    pass_stages * pass_stage_bytes + rank_tile * pass_pitch * 4 + 2 * warps * pass_rows * rank_tile * 4;
+
+// Where piece `piece` of 16 bytes of a row of X lies.
+__device__ __forceinline__ int pass_place(int row, int piece) {
+  return row * pass_columns * 2 + (piece ^ (row & 7)) * 16;
+}
+
+template <class T>
+__global__ void __launch_bounds__(threads, 2) down_and_outer_kernel(DownAndOuter args, bool aligned) {
+  const Input& in = args.in;
+  const RankTile ranks = in.ranks.tiles[blockIdx.y];
+  const int64_t M = in.rows.M, R = in.ranks.R, columns = in.columns;
+  const int64_t begin = blockIdx.z * args.rows_per_split;
+  const int64_t end = begin + args.rows_per_split < M ? begin + args.rows_per_split : M;
+  const int64_t first = blockIdx.x * args.tiles_per_split * pass_columns;
+  const int64_t past = first + args.tiles_per_split * pass_columns;
+  const int lane = threadIdx.x % lanes, warp = threadIdx.x / lanes, g = lane / 4, t = lane % 4;
+  char* shared = shared_memory<char>();
+  float (*a)[pass_pitch] = reinterpret_cast<float (*)[pass_pitch]>(shared + pass_stages * pass_stage_bytes);
+  // [step % 2][warp][row][rank]
+  float (*u)[warps][pass_rows][rank_tile] = reinterpret_cast<float (*)[warps][pass_rows][rank_tile]>(a + rank_tile);
+  const int64_t steps = (end - begin + pass_rows - 1) / pass_rows;
+
+#pragma unroll 1
+  for (int64_t column = first; column < past && column < columns; column += pass_columns) {
+    const auto fetch_X = [&](int64_t step) {
+#pragma unroll
+      for (int i = threadIdx.x; i < pass_rows * pass_columns / 8; i += threads) {
+        const int at = i / (pass_columns / 8), piece = i % (pass_columns / 8);
+        const int64_t row = begin + step * pass_rows + at, p = column + piece * 8;
+        const bool inside = row < end && p < columns;
+        fetch(shared + step % pass_stages * pass_stage_bytes + pass_place(at, piece),
+              static_cast<const T*>(in.X) + (inside ? row * in.ld + p : 0), inside ? columns - p : 0, aligned);
+      }
+    };
+    // Of a step whose parts all have arrived; after those of the columns to the left.
+    const auto store_U = [&](int64_t step) {
+      static_assert(threads == pass_rows * rank_tile);
+      const int i = threadIdx.x / rank_tile, j = threadIdx.x % rank_tile;
+      const int64_t row = begin + step * pass_rows + i, rank = ranks.first + j;
+      if (row >= end || rank >= ranks.end) return;
+      float* out = args.U + (blockIdx.x * M + row) * R + rank;
+      float sum = column > first ? *out : 0.0f, error = 0;
+      for (int w = 0; w < warps; ++w) add(u[step % 2][w][i][j], sum, error);
+      *out = sum;
+    };
+    for (int64_t step = 0; step < pass_stages - 1; ++step) {
+      if (step < steps) fetch_X(step);
+      commit_copies();
+    }
+    for (int i = threadIdx.x; i < rank_tile * pass_columns; i += threads) {
+      const int64_t rank = ranks.first + i / pass_columns, p = column + i % pass_columns;
+      a[i / pass_columns][i % pass_columns] = rank < ranks.end && p < columns ? args.A[rank * columns + p] : 0.0f;
+    }
+    float sums[4][4] = {}, rests[4][4] = {};  // of D
+
+#pragma unroll 1
+    for (int64_t step = 0; step < steps; ++step) {
+      float v[2][4];  // rows 2t and 2t + 1 of either eight, ranks g and g + 8
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int64_t row = begin + step * pass_rows + 8 * half + 2 * t + i / 2;
+          const int rank = ranks.first + g + i % 2 * 8;
+          v[half][i] = row < end && rank < ranks.end ? args.V[row * R + rank] : 0.0f;
+        }
+      wait_for_copies<pass_stages - 2>();
+      __syncthreads();  // this step has arrived for all, and all are done with the one before
+      if (step + pass_stages - 1 < steps) fetch_X(step + pass_stages - 1);
+      commit_copies();
+      if (step > 0) store_U(step - 1);
+      const char* X = shared + step % pass_stages * pass_stage_bytes;
+
+      float of_U[2][4] = {}, rest_of_U[2][4] = {};
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        uint32_t x[4];  // [half of the rows + 2 * half of the columns]
+        load_matrices<false>(x, X + pass_place(lane % 16, 4 * warp + 2 * k + lane / 16));
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const uint32_t left[4] = {
+              bit_cast<uint32_t>(first_of<T>(x[2 * j])), bit_cast<uint32_t>(first_of<T>(x[2 * j + 1])),
+              bit_cast<uint32_t>(second_of<T>(x[2 * j])), bit_cast<uint32_t>(second_of<T>(x[2 * j + 1]))};
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const float* pair = &a[8 * i + g][32 * warp + 16 * k + 8 * j + 2 * t];
+            const Parts even = parts_of(pair[0]), odd = parts_of(pair[1]);
+            float part[4] = {};
+            multiply_16x8x8(part, left, even.high, odd.high);
+            multiply_16x8x8(rest_of_U[i], left, even.middle, odd.middle);
+            multiply_16x8x8(rest_of_U[i], left, even.low, odd.low);
+#pragma unroll
+            for (int n = 0; n < 4; ++n) take(part[n], of_U[i][n], rest_of_U[i][n]);
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+          u[step % 2][warp][g + n / 2 * 8][8 * i + 2 * t + n % 2] = of_U[i][n] + rest_of_U[i][n];
+
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t high[4], middle[4], low[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const Parts parts = parts_of(v[half][i]);
+          high[i] = parts.high, middle[i] = parts.middle, low[i] = parts.low;
+        }
+        uint32_t x[4];  // [eight columns]
+        load_matrices<true>(x, X + pass_place(8 * half + lane % 8, 4 * warp + lane / 8));
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const uint32_t even = bit_cast<uint32_t>(first_of<T>(x[j])), odd = bit_cast<uint32_t>(second_of<T>(x[j]));
+          float part[4] = {};
+          multiply_16x8x8(part, high, even, odd);
+          multiply_16x8x8(rests[j], middle, even, odd);
+          multiply_16x8x8(rests[j], low, even, odd);
+#pragma unroll
+          for (int n = 0; n < 4; ++n) take(part[n], sums[j][n], rests[j][n]);
+        }
+      }
+    }
+    wait_for_copies<0>();
+    __syncthreads();
+    if (steps > 0) store_U(steps - 1);
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int v = 0; v < 4; ++v) {
+        const int64_t rank = ranks.first + g + v / 2 * 8, p = column + 32 * warp + 8 * j + 2 * t + v % 2;
+        if (rank < ranks.end && p < columns) args.D[(blockIdx.z * R + rank) * columns + p] = sums[j][v] + rests[j][v];
+      }
+  }
+}
+
+// A thread for each of 16 rows x 16 ranks.
+__global__ void __launch_bounds__(threads) add_up_kernel(Down args, const float* U, int64_t splits) {
+  const Input& in = args.in;
+  const RankTile ranks = in.ranks.tiles[blockIdx.y];
+  const int64_t row = blockIdx.x * int64_t{row_tile} + threadIdx.x / rank_tile;
+  const int rank = ranks.first + threadIdx.x % rank_tile;
+  if (row >= in.rows.M || rank >= ranks.end) return;
+  float sum = 0, error = 0;
+  for (int64_t split = 0; split < splits; ++split) add(U[(split * in.rows.M + row) * in.ranks.R + rank], sum, error);
+  args.U[row * in.ranks.R + rank] = sum * scale_of(args, ranks);
+}
+
 unsigned u(int64_t count) { return static_cast<unsigned>(count); }
 
 }  // namespace
@@ -364,9 +541,33 @@ void outer(const Input& in, const float* V, const Factors& gradients, const Stre
     launch("outer", outer_kernel<bf16>, grid, threads, parts, stream, args, aligned);
   else
     launch("outer", outer_kernel<f16>, grid, threads, parts, stream, args, aligned);
-  each_chunk(gradients, [&](const FactorChunk& chunk, dim3 grid) {
-    launch("unpack", unpack_kernel, grid, 256, 0, stream, chunk, static_cast<const float*>(args.D), splits);
-  });
+  unpack(gradients, args.D, splits, stream);
+}
+
+void down_and_outer(const Down& args, const float* V, const Factors& gradients, const Stream& stream) {
+  const Input& in = args.in;
+  const int64_t M = in.rows.M, R = in.ranks.R;
+  const OnePass pass = one_pass(M, in.columns, R, in.ranks.tile_count, stream.multiprocessors);
+  if (in.rows.groups.offsets || gradients.slots != 1 || in.dropout || in.dtype == DType::f32 || !pass.pays) {
+    down(args, stream);
+    outer(in, V, gradients, stream);
+    return;
+  }
+  const int64_t tiles = ceil_div(in.columns, pass_columns);
+  const int64_t tiles_per_split = ceil_div(tiles, pass.column_splits);
+  const int64_t rows_per_split = ceil_div(ceil_div(M, pass.row_splits), pass_rows) * pass_rows;
+  const int64_t column_splits = ceil_div(tiles, tiles_per_split), row_splits = ceil_div(M, rows_per_split);
+  const Workspace U(stream, column_splits * M * R * 4), D(stream, row_splits * R * in.columns * 4);
+  const DownAndOuter both{in, args.A, U.as<float>(), V, D.as<float>(), tiles_per_split, rows_per_split};
+  const dim3 grid{u(column_splits), u(in.ranks.tile_count), u(row_splits)};
+  const bool aligned = in_16_bytes(in.X, in.ld);
+  if (in.dtype == DType::bf16)
+    launch("down_and_outer", down_and_outer_kernel<bf16>, grid, threads, pass_shared_bytes, stream, both, aligned);
+  else
+    launch("down_and_outer", down_and_outer_kernel<f16>, grid, threads, pass_shared_bytes, stream, both, aligned);
+  launch("add_up", add_up_kernel, {u(ceil_div(M, row_tile)), u(in.ranks.tile_count), 1}, threads, 0, stream, args,
+         static_cast<const float*>(both.U), column_splits);
+  unpack(gradients, both.D, row_splits, stream);
 }
 
 }  // namespace peftfast::cuda

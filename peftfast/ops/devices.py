@@ -23,13 +23,15 @@ def cuda_state() -> str:
     if not _C.cuda.startswith("built") or not torch.cuda.is_available():
         return _C.cuda if not _C.cuda.startswith("built") else f"{_C.cuda}; not loaded: torch sees no GPU"
     try:
-        for device in range(torch.cuda.device_count()):
-            capability = torch.cuda.get_device_capability(device)
-            if capability < LEAST_CAPABILITY:
-                return (
-                    f"{_C.cuda}; not loaded: {torch.cuda.get_device_name(device)} has compute capability "
-                    f"{capability[0]}.{capability[1]}, and the kernels need {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]}"
-                )
+        # One that serves is enough: calls on another are refused by the kernels, which name it.
+        capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+        if max(capabilities) < LEAST_CAPABILITY:
+            best = capabilities.index(max(capabilities))
+            return (
+                f"{_C.cuda}; not loaded: {torch.cuda.get_device_name(best)} has compute capability "
+                f"{capabilities[best][0]}.{capabilities[best][1]}, and the kernels need "
+                f"{LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]}"
+            )
         torch.ops.load_library(Path(__file__).parent.parent / "_cuda.so")
     except (OSError, RuntimeError) as error:
         return f"{_C.cuda}; not loaded: {error}"
