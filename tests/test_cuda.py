@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import peftfast
-from peftfast import _C, ops
+from peftfast import _C, ops, reference
 from peftfast.ops.devices import KERNEL_DEVICES, cuda_state
 from peftfast.testing import assert_as_accurate
 
@@ -226,6 +226,17 @@ def test_blocks_part_a_long_reduction(M, dtype, quantized):
         for got, again, wanted in zip(*results, oracle, strict=True):
             assert torch.equal(got, again)
             assert (got.double() - wanted).norm() / wanted.norm() < torch.finfo(dtype).eps / 2
+
+
+@emulated_or_on_gpu
+def test_blocks_drop_the_same_elements_of_their_parts():
+    device = "cuda" if "cuda" in KERNEL_DEVICES else "cpu"
+    tensors = torch.randn(3, 1100), torch.zeros(9, 1100), torch.randn(20, 1100), torch.randn(9, 20)
+    operands = [t.to(device, torch.bfloat16) for t in tensors]
+    seed = torch.tensor([11], device=device)
+    y = ops.lora_linear(*operands, 0.5, dropout=0.4, seed=seed)
+    oracle = reference.lora_linear(*(t.double() for t in operands), 0.5, dropout=0.4, seed=seed)
+    assert (y.double() - oracle).norm() / oracle.norm() < torch.finfo(torch.bfloat16).eps / 2
 
 
 @emulated_or_on_gpu
