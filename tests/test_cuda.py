@@ -237,6 +237,17 @@ def test_blocks_part_a_long_reduction(M, dtype, quantized):
 
 
 @emulated_or_on_gpu
+def test_blocks_drop_the_same_elements_of_their_parts():
+    device = "cuda" if "cuda" in KERNEL_DEVICES else "cpu"
+    tensors = torch.randn(3, 1100), torch.zeros(9, 1100), torch.randn(20, 1100), torch.randn(9, 20)
+    operands = [t.to(device, torch.bfloat16) for t in tensors]
+    seed = torch.tensor([11], device=device)
+    y = ops.lora_linear(*operands, 0.5, dropout=0.4, seed=seed)
+    oracle = reference.lora_linear(*(t.double() for t in operands), 0.5, dropout=0.4, seed=seed)
+    assert (y.double() - oracle).norm() / oracle.norm() < torch.finfo(torch.bfloat16).eps / 2
+
+
+@emulated_or_on_gpu
 def test_where_a_weight_is_decoded_can_be_forced(monkeypatch):
     device = "cuda" if "cuda" in KERNEL_DEVICES else "cpu"
     x = torch.randn(20, 64).to(device, torch.bfloat16)

@@ -1,6 +1,7 @@
 // The low-rank steps: pack, down, outer.
 //
-//   down    a warp holds 16 rows and 16 ranks; the warps of a block part the reduction and add up through shared memory
+//   down    a warp holds 16 rows and 16 ranks; the warps of a block part the reduction and add up in shared memory, and
+//           so do blocks where they are few, in a second launch
 //   outer   a warp holds 16 ranks and 64 columns; the warps of a block part the rows
 //
 // Each reads X straight into the registers of the tensor cores, 16 bytes a lane, with no shared memory on the way:
@@ -148,8 +149,11 @@ __device__ __forceinline__ float scale_of(const Down& args, const RankTile& rank
   return args.in.dropout ? ranks.scaling * ranks.keep_scale : ranks.scaling;
 }
 
+constexpr int64_t down_columns = warps * 32;  // of X, at a time
+
+// `parts_of_U`: where several blocks part the columns, their sums, [blocks, M, R], not yet scaled.
 template <class T>
-__global__ void __launch_bounds__(threads, 1) down_kernel(Down args, bool aligned) {
+__global__ void __launch_bounds__(threads, 1) down_kernel(Down args, bool aligned, float* parts_of_U) {
   const Input& in = args.in;
   const Tile rows = tile_of(in.rows, blockIdx.x, row_tile);
   if (rows.first >= rows.end || rows.slot < 0) return;
@@ -159,7 +163,10 @@ __global__ void __launch_bounds__(threads, 1) down_kernel(Down args, bool aligne
   const Mask mask(ranks, in.dropout, in.ranks.seed);
   Mask mask_of_row[2] = {mask, mask};
   const float* A = args.A + rows.slot * in.ranks.R * in.columns;
-  for (int64_t q = warp * 32 + t * 8; q - t * 8 < in.columns; q += warps * 32) {
+  const int64_t steps = (in.columns + down_columns - 1) / down_columns, own = (steps + gridDim.z - 1) / gridDim.z;
+  const int64_t begin = blockIdx.z * own * down_columns;
+  const int64_t end = begin + own * down_columns < in.columns ? begin + own * down_columns : in.columns;
+  for (int64_t q = begin + warp * 32 + t * 8; q - t * 8 < end; q += down_columns) {
     // This lane's eight elements of the reduction: of two rows of X, and of two vectors of A.
     float x[2][8], a[2][8];
 #pragma unroll
@@ -199,7 +206,23 @@ __global__ void __launch_bounds__(threads, 1) down_kernel(Down args, bool aligne
   for (int w = 0; w < warps; ++w) add(parts[((w * 2 + i) * 4 + j) * lanes + lane], sum, error);
   const int64_t row = rows.first + g + j / 2 * 8;
   const int rank = ranks.first + 8 * i + 2 * t + j % 2;
-  if (row < rows.end && rank < ranks.end) args.U[row * in.ranks.R + rank] = sum * scale_of(args, ranks);
+  if (row >= rows.end || rank >= ranks.end) return;
+  if (gridDim.z == 1)
+    args.U[row * in.ranks.R + rank] = sum * scale_of(args, ranks);
+  else
+    parts_of_U[(blockIdx.z * in.rows.M + row) * in.ranks.R + rank] = sum;
+}
+
+// Parts of U in their order: a thread for each of 16 rows x 16 ranks.
+__global__ void __launch_bounds__(threads) add_up_kernel(Down args, const float* U, int64_t splits) {
+  const Input& in = args.in;
+  const RankTile ranks = in.ranks.tiles[blockIdx.y];
+  const int64_t row = blockIdx.x * int64_t{row_tile} + threadIdx.x / rank_tile;
+  const int rank = ranks.first + threadIdx.x % rank_tile;
+  if (row >= in.rows.M || rank >= ranks.end) return;
+  float sum = 0, error = 0;
+  for (int64_t split = 0; split < splits; ++split) add(U[(split * in.rows.M + row) * in.ranks.R + rank], sum, error);
+  args.U[row * in.ranks.R + rank] = sum * scale_of(args, ranks);
 }
 
 // fp32: a thread for each of 16 rows x 16 ranks.
@@ -486,19 +509,12 @@ __global__ void __launch_bounds__(threads, 2) down_and_outer_kernel(DownAndOuter
   }
 }
 
-// A thread for each of 16 rows x 16 ranks.
-__global__ void __launch_bounds__(threads) add_up_kernel(Down args, const float* U, int64_t splits) {
-  const Input& in = args.in;
-  const RankTile ranks = in.ranks.tiles[blockIdx.y];
-  const int64_t row = blockIdx.x * int64_t{row_tile} + threadIdx.x / rank_tile;
-  const int rank = ranks.first + threadIdx.x % rank_tile;
-  if (row >= in.rows.M || rank >= ranks.end) return;
-  float sum = 0, error = 0;
-  for (int64_t split = 0; split < splits; ++split) add(U[(split * in.rows.M + row) * in.ranks.R + rank], sum, error);
-  args.U[row * in.ranks.R + rank] = sum * scale_of(args, ranks);
-}
-
 unsigned u(int64_t count) { return static_cast<unsigned>(count); }
+
+void add_up(const Down& args, const float* parts, int64_t splits, const Stream& stream) {
+  launch("add_up", add_up_kernel, {u(ceil_div(args.in.rows.M, row_tile)), u(args.in.ranks.tile_count), 1}, threads, 0,
+         stream, args, parts, splits);
+}
 
 }  // namespace
 
@@ -512,15 +528,23 @@ void down(const Down& args, const Stream& stream) {
   const Input& in = args.in;
   if (in.ranks.R == 0 || in.rows.M == 0) return;
   if (in.rows.groups.offsets) zero(args.U, in.rows.M * in.ranks.R * 4, stream);  // of rows without a slot
-  const dim3 grid{u(in.rows.most_tiles(row_tile)), u(in.ranks.tile_count), 1};
-  const bool aligned = in_16_bytes(in.X, in.ld);
-  const int64_t parts = warps * 2 * 4 * lanes * 4;
-  if (in.dtype == DType::f32)
+  dim3 grid{u(in.rows.most_tiles(row_tile)), u(in.ranks.tile_count), 1};
+  if (in.dtype == DType::f32) {
     launch("down", down_plain_kernel, grid, threads, 2 * row_tile * 65 * 4, stream, args);
-  else if (in.dtype == DType::bf16)
-    launch("down", down_kernel<bf16>, grid, threads, parts, stream, args, aligned);
+    return;
+  }
+  const bool aligned = in_16_bytes(in.X, in.ld);
+  const int64_t shared_bytes = warps * 2 * 4 * lanes * 4;
+  const int64_t splits = in.rows.groups.offsets
+                             ? 1
+                             : splits_for(int64_t{grid.x} * grid.y, in.columns / down_columns, stream.multiprocessors);
+  const Workspace parts(stream, splits > 1 ? splits * in.rows.M * in.ranks.R * 4 : 0);
+  grid.z = u(splits);
+  if (in.dtype == DType::bf16)
+    launch("down", down_kernel<bf16>, grid, threads, shared_bytes, stream, args, aligned, parts.as<float>());
   else
-    launch("down", down_kernel<f16>, grid, threads, parts, stream, args, aligned);
+    launch("down", down_kernel<f16>, grid, threads, shared_bytes, stream, args, aligned, parts.as<float>());
+  if (splits > 1) add_up(args, parts.as<float>(), splits, stream);
 }
 
 void outer(const Input& in, const float* V, const Factors& gradients, const Stream& stream) {
@@ -565,8 +589,7 @@ void down_and_outer(const Down& args, const float* V, const Factors& gradients, 
     launch("down_and_outer", down_and_outer_kernel<bf16>, grid, threads, pass_shared_bytes, stream, both, aligned);
   else
     launch("down_and_outer", down_and_outer_kernel<f16>, grid, threads, pass_shared_bytes, stream, both, aligned);
-  launch("add_up", add_up_kernel, {u(ceil_div(M, row_tile)), u(in.ranks.tile_count), 1}, threads, 0, stream, args,
-         static_cast<const float*>(both.U), column_splits);
+  add_up(args, both.U, column_splits, stream);
   unpack(gradients, both.D, row_splits, stream);
 }
 

@@ -108,6 +108,13 @@ bool hopper_in_use();
 enum class Decoding { by_rows, first, within };
 Decoding decoding_in_use();
 
+// How many blocks part a reduction of so many pieces: where there would be fewer blocks than half the multiprocessors,
+// so many that all have one. Otherwise it would not pay to add up what they write.
+constexpr int64_t splits_for(int64_t blocks, int64_t pieces, int multiprocessors) {
+  const int64_t wanted = multiprocessors / blocks, splits = wanted < pieces ? wanted : pieces;
+  return splits < 2 ? 1 : splits;
+}
+
 // How many blocks part the columns of X and its rows in one pass, and whether that is better than two.
 struct OnePass {
   int64_t column_splits, row_splits;
@@ -138,14 +145,12 @@ struct Choice {
 };
 Choice pick(const Linear& args, bool hopper, Decoding decoding = Decoding::by_rows);
 
-// How many blocks part the reduction: where there would be fewer blocks than half the multiprocessors, so many that all
-// have one, as long as it pays to add up what they write. Groups of rows make blocks enough.
+// How many blocks part the reduction of a base product. Groups of rows make blocks enough.
 constexpr int64_t splits_of(const Linear& args, const Choice& choice, int multiprocessors) {
   const bool few = choice.kernel == Choice::few;
   if ((!few && choice.kernel != Choice::tiled) || args.rows.groups.offsets) return 1;
   const int64_t blocks = args.rows.most_tiles(choice.tile_rows) * ceil_div(args.P, few ? few_columns : tiled_columns);
-  const int64_t wanted = multiprocessors / blocks, most = args.Q / (few ? few_depth : 16 * tiled_depth);
-  return wanted < 2 || most < 2 ? 1 : wanted < most ? wanted : most;
+  return splits_for(blocks, args.Q / (few ? few_depth : 16 * tiled_depth), multiprocessors);
 }
 
 }  // namespace peftfast::cuda
