@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peftfast import reference
 from peftfast.nn.moe import Routing
-from peftfast.ops import fourbit_quantize, grouped_linear, lora_linear, moe_combine, swiglu
+from peftfast.ops import fourbit_quantize, grouped_linear, lora_linear, moe, moe_combine, swiglu
 from peftfast.ops.moe import call
 from peftfast.reference import FourBitWeight
 from peftfast.testing import assert_as_accurate, bytes_saved_for_backward
@@ -755,6 +755,30 @@ def test_combined_linear_is_its_steps(activation):
     for name, expected in p.run(p.in_steps, dropout=0.3).items():
         torch.testing.assert_close(ours[name], expected)
     assert ours["weights"][7].any()
+
+
+@pytest.mark.parametrize("layer", ["grouped", None, "silu"])
+def test_a_large_input_is_gone_before_its_gradient_comes(layer, monkeypatch):
+    """In two calls, which give the same bits."""
+    calls, backward = [], moe.BACKWARD
+
+    def watched(*args):
+        calls.append(args[-3:])
+        return backward(*args)
+
+    def run():
+        torch.manual_seed(3)
+        if layer == "grouped":
+            return forward_backward(grouped_linear, problem(dropout=0.3, tokens=11))
+        p = combined(activation=layer)
+        return p.run(p.ours, dropout=0.3)
+
+    monkeypatch.setattr(moe, "BACKWARD", watched)
+    expected = run()
+    assert calls == [(True, True, True)]
+    monkeypatch.setattr(moe, "LARGE_BYTES", 0)
+    assert_equal(run(), expected)
+    assert calls[1:] == [(False, True, True), (True, False, False)]
 
 
 @pytest.mark.parametrize("choices", [EXPERTS, EXPERTS + 1], ids=["", "some without an expert"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ FORWARD = torch.ops.peftfast.grouped_linear.default
 BACKWARD = torch.ops.peftfast.grouped_linear_backward.default
 COMBINE = torch.ops.peftfast.moe_combine.default
 COMBINE_BACKWARD = torch.ops.peftfast.moe_combine_backward.default
+LARGE_BYTES = 32 * 2**20  # of a tensor: here less memory is worth more than time
 
 
 def grouped_linear(
@@ -217,16 +219,21 @@ class _GroupedLinear(torch.autograd.Function):
         want_x, want_A, want_B, want_bias = ctx.needs_input_grad[:4]
         x, lora_A, lora_B, u, *parts, offsets, experts, slots, rows, places, seed, bias = ctx.saved_tensors
         format, transposed, scaling, dropout, compute = ctx.settings
-        gathered = x
-        if rows is not None:
-            gathered = _gather(x, rows, offsets, slots) if want_A else x[:1].expand(rows.numel(), -1)
         if want_x or want_A or want_B:
+
+            def run(x: Tensor, *wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
+                return BACKWARD(
+                    grad_y, x, *parts, *format, transposed, offsets, experts, slots, lora_A, lora_B, u, scaling,
+                    dropout, seed, compute, *wanted,
+                )  # fmt: skip
+
             # Gradients are recorded only for create_graph; then the operator's own autograd refuses in clear words.
             with contextlib.nullcontext() if torch.is_grad_enabled() else _below_autograd():
-                grad_x, grad_A, grad_B = BACKWARD(
-                    grad_y, gathered, *parts, *format, transposed, offsets, experts, slots, lora_A, lora_B, u, scaling,
-                    dropout, seed, compute, want_x, want_A, want_B,
-                )  # fmt: skip
+                if rows is None:
+                    grad_x, grad_A, grad_B = run(x, want_x, want_A, want_B)
+                else:
+                    like, gather = x[:1].expand(rows.numel(), -1), lambda: _gather(x, rows, offsets, slots)
+                    grad_x, grad_A, grad_B = _gradients(run, gather, like, want_x, want_A, want_B)
             if want_x and rows is not None:
                 grad_x = _sum_rows(grad_x, rows, places, x.shape[0])
             grads[:3] = [grad_x if want_x else None, grad_A if want_A else None, grad_B if want_B else None]
@@ -276,16 +283,22 @@ class _CombinedLinear(torch.autograd.Function):
         weight[places] = weights
         # Of rows with the gradient g and the weight w, w stands beside a and u rather than g: the gradients of A and B
         # are the same, and that of a is W^T g.
-        if want_A:
-            weighted_a = _weighted(x, weight, activation, offsets, slots)
-        else:  # it is asked for its shape
-            weighted_a = x if activation is None else x.chunk(2, dim=1)[0]
-        grad_a, grads[1], grads[2] = BACKWARD(
-            grad_y.index_select(0, rows), weighted_a, *parts, *format,
-            transposed, offsets, experts, slots, lora_A, lora_B, u * weight.unsqueeze(1), scaling, dropout, seed,
-            compute, want_x or want_weights, want_A, want_B,
-        )  # fmt: skip
-        del weighted_a
+        weighted_u = u * weight.unsqueeze(1)
+
+        def run(weighted_a: Tensor, *wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
+            return BACKWARD(
+                grad_y.index_select(0, rows), weighted_a, *parts, *format, transposed, offsets, experts, slots,
+                lora_A, lora_B, weighted_u, scaling, dropout, seed, compute, *wanted,
+            )  # fmt: skip
+
+        grad_a, grads[1], grads[2] = _gradients(
+            run,
+            lambda: _weighted(x, weight, activation, offsets, slots),
+            x if activation is None else x.chunk(2, dim=1)[0],
+            want_x or want_weights,
+            want_A,
+            want_B,
+        )
         if want_x or want_weights:
             if activation is None:
                 each = torch.arange(len(rows), device=x.device).unsqueeze(1)
@@ -302,6 +315,20 @@ class _CombinedLinear(torch.autograd.Function):
                 grad_weight += _products_with(bias, grad_y, offsets, experts, rows)
             grads[3] = grad_weight[places].to(weights_dtype)
         return tuple(grad if want else None for grad, want in zip(grads, ctx.needs_input_grad))
+
+
+def _gradients(
+    run: Callable, make_x: Callable[[], Tensor], like: Tensor, want_x: bool, want_A: bool, want_B: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """run(x, want_x, want_A, want_B), whose x has to be made for the gradient of A; else `like` tells its shape."""
+    if not want_A:
+        return run(like, want_x, False, want_B)
+    if not want_x or like.numel() * like.element_size() < LARGE_BYTES:
+        return run(make_x(), want_x, True, want_B)
+    # A large x is gone before there is a gradient of its size. What A's gradient and that of x have in common is
+    # computed twice, which takes a hundredth of the time.
+    _, grad_A, grad_B = run(make_x(), False, True, want_B)
+    return run(like, True, False, False)[0], grad_A, grad_B
 
 
 def _gated(x: Tensor, activation: str | None) -> Tensor:
