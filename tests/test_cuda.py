@@ -66,8 +66,17 @@ def choice(
     straight=True,
     dropout=False,
     hopper=False,
+    decoding=0,  # by the rows, first, within
 ):
-    return _C.cuda_choice(M, N, K, groups, dtype, compute, four_bit, straight, dropout, hopper)
+    return _C.cuda_choice(
+        M, N, K, groups, dtype, compute, four_bit, straight, dropout, hopper, decoding, 132
+    )[:3]
+
+
+def splits(M, N, K=4096, groups=1, four_bit=True, straight=True, multiprocessors=132):
+    return _C.cuda_choice(
+        M, N, K, groups, BFLOAT16, BFLOAT16, four_bit, straight, False, False, 0, multiprocessors
+    )[3]
 
 
 @emulated
@@ -84,6 +93,49 @@ def test_many_rows_decode_the_weight_once():
     assert choice(511) == ("tiled", 128, False)
     assert choice(512) == ("tiled", 128, True)
     assert choice(4096, four_bit=False) == ("tiled", 128, False)
+
+
+@emulated
+def test_where_a_weight_is_decoded_is_forced_wherever_it_can_be():
+    assert choice(16, decoding=1) == ("tiled", 32, True)
+    assert choice(4096, decoding=2) == ("tiled", 128, False)
+    assert choice(4096, N=128256, decoding=1) == ("tiled", 128, False)  # does not fit
+    assert choice(8, K=4090, decoding=2) == ("tiled", 32, True)  # cannot be decoded within the product
+    assert choice(4096, four_bit=False, decoding=1) == ("tiled", 128, False)
+
+
+@emulated
+def test_blocks_part_the_reduction_where_they_are_few():
+    assert splits(1, N=4096) == 1  # 128 blocks
+    assert splits(1, N=1024) == 4  # 32 blocks
+    assert splits(1, N=1024, K=2048) == 2  # each has 1024 of the reduction at least
+    assert splits(1, N=1024, K=1024) == 1
+    assert splits(1, N=2048) == 2
+    assert splits(1, N=2048, multiprocessors=64) == 1
+    assert splits(8, N=4096, straight=False) == 4  # backward: 32 blocks of 128 columns
+    assert splits(48, N=4096, straight=False) == 2
+    assert splits(256, N=1024, four_bit=False) == 8  # 16 blocks; no more than 512 of the reduction to each
+    assert splits(4096, N=4096) == 1
+    assert splits(64, N=1024, groups=8) == 1
+
+
+@emulated
+@pytest.mark.parametrize("M", [1, 16, 300, 4096, 65536])
+@pytest.mark.parametrize("N", [64, 1000, 4096, 14336])
+@pytest.mark.parametrize("rank", [1, 16, 64])
+def test_blocks_of_one_pass(M, N, rank):
+    across, along, pays = _C.cuda_one_pass(M, N, rank, 132)
+    tiles = -(-rank // 16)
+    assert 1 <= across <= -(-N // 256) and 1 <= along <= -(-M // 64)
+    assert across * along * tiles >= 264 or (across, along) == (-(-N // 256), -(-M // 64))
+    assert pays == ((across * M + (along - 1) * N) * rank * 8 < 2 * M * N)
+
+
+@emulated
+def test_one_pass_pays_for_the_usual_ranks():
+    assert _C.cuda_one_pass(4096, 4096, 16, 132) == (16, 17, True)
+    assert _C.cuda_one_pass(4096, 4096, 32, 132)[2] and not _C.cuda_one_pass(4096, 4096, 128, 132)[2]
+    assert _C.cuda_one_pass(1, 4096, 16, 132) == (16, 1, True)
 
 
 @emulated

@@ -31,9 +31,11 @@ std::vector<std::string> supported_isas() {
 }
 
 #ifdef PEFTFAST_EMULATE_CUDA
-// Which GPU kernel a base product of M rows would run on: its name, its rows at a time, and whether W is decoded first.
-std::tuple<std::string, int, bool> cuda_choice(int64_t M, int64_t N, int64_t K, int64_t groups, int dtype, int compute,
-                                               bool four_bit, bool reduction_contiguous, bool dropout, bool hopper) {
+// Which GPU kernel a base product of M rows would run on: its name, its rows at a time, whether W is decoded first, and
+// how many blocks part the reduction.
+std::tuple<std::string, int, bool, int64_t> cuda_choice(int64_t M, int64_t N, int64_t K, int64_t groups, int dtype,
+                                                        int compute, bool four_bit, bool reduction_contiguous,
+                                                        bool dropout, bool hopper, int decoding, int multiprocessors) {
   namespace cuda = peftfast::cuda;
   static const int64_t offsets[1] = {};
   cuda::Linear args{.rows = {M, {groups, groups > 1 ? offsets : nullptr}},
@@ -44,9 +46,16 @@ std::tuple<std::string, int, bool> cuda_choice(int64_t M, int64_t N, int64_t K, 
                     .W = {.fourbit = {.blocksize = four_bit ? 64 : 0}},
                     .reduction_contiguous = reduction_contiguous,
                     .dropout = dropout};
-  const cuda::Choice choice = cuda::pick(args, hopper);
+  const cuda::Choice choice = cuda::pick(args, hopper, static_cast<cuda::Decoding>(decoding));
   const char* names[] = {"plain", "few", "tiled", "hopper"};
-  return {names[choice.kernel], choice.tile_rows, choice.decode_first};
+  return {names[choice.kernel], choice.tile_rows, choice.decode_first, cuda::splits_of(args, choice, multiprocessors)};
+}
+
+// How the blocks of one pass over G part its columns and its rows, and whether two passes are better.
+std::tuple<int64_t, int64_t, bool> cuda_one_pass(int64_t M, int64_t N, int64_t R, int multiprocessors) {
+  namespace cuda = peftfast::cuda;
+  const cuda::OnePass pass = cuda::one_pass(M, N, R, cuda::ceil_div(R, cuda::rank_tile), multiprocessors);
+  return {pass.column_splits, pass.row_splits, pass.pays};
 }
 #endif
 
@@ -61,5 +70,6 @@ PYBIND11_MODULE(_C, module) {
   module.attr("cuda") = PEFTFAST_CUDA_STATE;
 #ifdef PEFTFAST_EMULATE_CUDA
   module.def("cuda_choice", &cuda_choice);
+  module.def("cuda_one_pass", &cuda_one_pass);
 #endif
 }
