@@ -222,18 +222,18 @@ class _GroupedLinear(torch.autograd.Function):
         if want_x or want_A or want_B:
 
             def run(x: Tensor, *wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
-                return BACKWARD(
-                    grad_y, x, *parts, *format, transposed, offsets, experts, slots, lora_A, lora_B, u, scaling,
-                    dropout, seed, compute, *wanted,
-                )  # fmt: skip
+                # Gradients are recorded only for create_graph; then the operator's own autograd refuses in clear words.
+                with contextlib.nullcontext() if torch.is_grad_enabled() else _below_autograd():
+                    return BACKWARD(
+                        grad_y, x, *parts, *format, transposed, offsets, experts, slots, lora_A, lora_B, u, scaling,
+                        dropout, seed, compute, *wanted,
+                    )  # fmt: skip
 
-            # Gradients are recorded only for create_graph; then the operator's own autograd refuses in clear words.
-            with contextlib.nullcontext() if torch.is_grad_enabled() else _below_autograd():
-                if rows is None:
-                    grad_x, grad_A, grad_B = run(x, want_x, want_A, want_B)
-                else:
-                    like, gather = x[:1].expand(rows.numel(), -1), lambda: _gather(x, rows, offsets, slots)
-                    grad_x, grad_A, grad_B = _gradients(run, gather, like, want_x, want_A, want_B)
+            if rows is None:
+                grad_x, grad_A, grad_B = run(x, want_x, want_A, want_B)
+            else:
+                like, gather = x[:1].expand(rows.numel(), -1), lambda: _gather(x, rows, offsets, slots)
+                grad_x, grad_A, grad_B = _gradients(run, gather, like, want_x, want_A, want_B)
             if want_x and rows is not None:
                 grad_x = _sum_rows(grad_x, rows, places, x.shape[0])
             grads[:3] = [grad_x if want_x else None, grad_A if want_A else None, grad_B if want_B else None]
