@@ -15,6 +15,7 @@ import torch
 import peftfast
 from peftfast import _C, ops, reference
 from peftfast.nn.moe import Routing
+from peftfast.ops import devices
 from peftfast.ops.devices import KERNEL_DEVICES, cuda_state
 from peftfast.testing import assert_as_accurate
 
@@ -34,22 +35,64 @@ def test_the_build_says_what_it_has():
     assert state.startswith(("built by nvcc", "not built: ", "emulated"))
 
 
+@pytest.fixture
+def gpus(monkeypatch):
+    """Gives torch GPUs of these compute capabilities, and returns what libraries are loaded."""
+
+    def have(*capabilities):
+        libraries = []
+        monkeypatch.setattr(_C, "cuda", "built by nvcc 0 for sm_0")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device}")
+        monkeypatch.setattr(torch.ops, "load_library", libraries.append)
+        for cached in (cuda_state, devices._serves):
+            cached.cache_clear()
+        return libraries
+
+    yield have
+    monkeypatch.undo()
+    for cached in (cuda_state, devices._serves):
+        cached.cache_clear()
+
+
 @pytest.mark.parametrize(
     "capabilities, loaded", [([(7, 5), (9, 0)], True), ([(8, 0)], True), ([(6, 1), (7, 5)], False)], ids=str
 )
-def test_one_gpu_that_serves_is_enough(capabilities, loaded, monkeypatch):
-    libraries = []
-    monkeypatch.setattr(_C, "cuda", "built by nvcc 0 for sm_0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device}")
-    monkeypatch.setattr(torch.ops, "load_library", libraries.append)
-    state = cuda_state.__wrapped__()
+def test_one_gpu_that_serves_is_enough(capabilities, loaded, gpus):
+    libraries = gpus(*capabilities)
+    state = cuda_state()
     if loaded:
         assert state.endswith("; loaded") and len(libraries) == 1
     else:
         assert state.endswith("GPU 1 has compute capability 7.5, and the kernels need 8.0") and not libraries
+
+
+def test_each_gpu_has_kernels_or_says_why_not(gpus):
+    gpus((7, 5), (8, 6))
+    old, new = torch.device("cuda:0"), torch.device("cuda:1")
+    assert "cuda" in KERNEL_DEVICES and new in KERNEL_DEVICES and old not in KERNEL_DEVICES
+    assert devices.why_no_kernel(new) is None
+    assert devices.why_no_kernel(old) == "GPU 0 has compute capability 7.5, and the kernels need 8.0"
+    assert devices.why_no_kernel(torch.device("mps")) == "there is no kernel for mps yet"
+
+
+def test_asking_for_kernels_does_not_break_a_graph(monkeypatch):
+    def load():
+        with open(_C.__file__, "rb"):  # torch.compile cannot look into this
+            return "loaded"
+
+    devices._serves.cache_clear()
+    monkeypatch.setattr(devices, "_too_old", lambda gpu: None if load() and gpu else "old")
+    monkeypatch.setattr(devices, "cuda_state", lambda: f"; {load()}")
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def which(x):
+        return x + sum(torch.device("cuda", gpu) in KERNEL_DEVICES for gpu in (0, 1, 2))
+
+    assert which(torch.zeros(1)).item() == 2
+    devices._serves.cache_clear()
 
 
 # ---- which kernel ---------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 // the instruction does. Everything above them is written once and runs in both.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -396,6 +397,22 @@ __device__ inline Tile tile_of(const Rows& rows, int64_t index, int height) {
   return {0, 0, 0, -1};
 }
 
+// A tile of a product: rows of one group by one of the strips that the columns are parted in.
+struct Place {
+  Tile rows;  // none: past the last tile
+  int64_t strip;
+};
+
+// The index-th tile of a product; a block computes tiles blockIdx.x, blockIdx.x + gridDim.x and so on. Those that
+// follow each other, and so run together, share a strip of W, which all rows want; with groups, which are of few rows,
+// they share the rows.
+__device__ __forceinline__ Place place_of(const Rows& rows, uint32_t index, int height, int64_t P, int width) {
+  const uint32_t strips = static_cast<uint32_t>((P + width - 1) / width);
+  if (rows.groups.offsets != nullptr) return {tile_of(rows, index / strips, height), index % strips};
+  const uint32_t tiles = static_cast<uint32_t>((rows.M + height - 1) / height), strip = index / tiles;
+  return {strip < strips ? tile_of(rows, index % tiles, height) : Tile{0, 0, 0, -1}, strip};
+}
+
 // ---- launches -----------------------------------------------------------------------------------------------------
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -420,24 +437,39 @@ class Workspace {
 };
 
 #ifndef PEFTFAST_EMULATE_CUDA
-// Says which GPU this is and what was built. The list is nvcc's, of what the translation unit is compiled for.
-[[noreturn]] static void refuse_this_gpu(const char* reason) {
+// Says which GPU this is and what was built.
+[[noreturn]] inline void refuse_this_gpu(const char* reason) {
   int device = 0;
   cudaDeviceProp gpu{};
   cudaGetDevice(&device);
   cudaGetDeviceProperties(&gpu, device);
-  const auto capability = [](int major, int minor) { return std::to_string(major) + "." + std::to_string(minor); };
-  std::string built;
-  for (const int architecture : {__CUDA_ARCH_LIST__})
-    built += (built.empty() ? "" : ", ") + capability(architecture / 100, architecture / 10 % 10);
   std::string message = std::string("peftfast has no kernels for ") + gpu.name + " of compute capability " +
-                        capability(gpu.major, gpu.minor) + ": it was built for " + built + " (" + reason + "). ";
+                        std::to_string(gpu.major) + "." + std::to_string(gpu.minor) +
+                        ": it was built for " PEFTFAST_CUDA_ARCHITECTURES " (" + reason + "). ";
   if (gpu.major < 8)
     message += "They need 8.0; CUDA_VISIBLE_DEVICES can hide this GPU.";
   else
     message += "Build it with PEFTFAST_CMAKE_ARGS=-DCMAKE_CUDA_ARCHITECTURES=" + std::to_string(gpu.major) +
                std::to_string(gpu.minor) + " pip install --no-build-isolation -e .";
   throw std::runtime_error(message);
+}
+#endif
+
+#ifndef PEFTFAST_EMULATE_CUDA
+inline void check_launch(const char* name, cudaError_t error, bool no_kernel = false) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or whoever launches next would take it for their own
+  if (no_kernel || error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction)
+    refuse_this_gpu(cudaGetErrorString(error));
+  throw std::runtime_error(std::string("peftfast's kernel ") + name + ": " + cudaGetErrorString(error));
+}
+
+template <class Kernel>
+void allow_shared(const char* name, Kernel* kernel, int64_t bytes) {
+  if (bytes <= 48 * 1024) return;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  check_launch(name, error, error == cudaErrorInvalidValue);  // also where a GPU has less than one of 8.0 and later
 }
 #endif
 
@@ -449,23 +481,33 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int thre
   (void)name, (void)stream;
   emulation::run(grid, threads, shared_bytes, [&] { kernel(arguments...); });
 #else
-  const auto check = [&](cudaError_t error, bool no_kernel) {
-    if (error == cudaSuccess) return;
-    cudaGetLastError();  // or whoever launches next would take it for their own
-    if (no_kernel || error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction)
-      refuse_this_gpu(cudaGetErrorString(error));
-    throw std::runtime_error(std::string("peftfast's kernel ") + name + ": " + cudaGetErrorString(error));
-  };
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    check(error, error == cudaErrorInvalidValue);  // also where a GPU has less shared memory than one of 8.0 and later
-  }
+  allow_shared(name, kernel, shared_bytes);
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
-  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), pointers, shared_bytes,
-                         static_cast<cudaStream_t>(stream.handle)),
-        false);
+  check_launch(name, cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), pointers,
+                                      shared_bytes, static_cast<cudaStream_t>(stream.handle)));
 #endif
+}
+
+// A kernel that goes from tile to tile as place_of() has them. How many tiles groups make is known on the device alone:
+// so there are as many blocks as run at a time, and each takes its share of what there is. Without groups each has one.
+template <class Arguments, class... Parameters>
+void launch_tiles(const char* name, void (*kernel)(Arguments, Parameters...), int height, int width, int64_t splits,
+                  int threads, int64_t shared_bytes, const Stream& stream, const Arguments& args,
+                  const Parameters&... others) {
+  int64_t blocks = args.rows.most_tiles(height) * ceil_div(args.P, width);
+  if (args.rows.groups.offsets != nullptr) {
+#ifdef PEFTFAST_EMULATE_CUDA
+    const int64_t at_a_time = 3;
+#else
+    int for_one = 0;
+    allow_shared(name, kernel, shared_bytes);
+    check_launch(name, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&for_one, kernel, threads, shared_bytes));
+    const int64_t at_a_time = int64_t{std::max(for_one, 1)} * stream.multiprocessors;
+#endif
+    blocks = std::min(blocks, at_a_time);
+  }
+  launch(name, kernel, {static_cast<unsigned>(blocks), 1, static_cast<unsigned>(splits)}, threads, shared_bytes, stream,
+         args, others...);
 }
 
 inline void zero(void* data, int64_t bytes, const Stream& stream) {

@@ -24,12 +24,9 @@ __device__ inline float code_value(const FourBitMatrix& W, int64_t element) {
 }
 
 // A block computes 64 x 64 values, a thread 4 x 4 of them.
-__global__ void __launch_bounds__(threads) linear_plain_kernel(Linear args) {
-  const Tile rows = tile_of(args.rows, blockIdx.x, tile);
-  if (rows.first >= rows.end) return;
+__device__ __forceinline__ void multiply_tile(const Linear& args, const Tile& rows, int64_t column) {
   float (*x)[tile + 1] = shared_memory<float[tile + 1]>();
   float (*w)[tile + 1] = x + step;
-  const int64_t column = blockIdx.y * int64_t{tile};
   const int down = threadIdx.x / 16 * 4, across = threadIdx.x % 16 * 4;
   const bool four_bit = args.W.fourbit.blocksize != 0;
   float sums[4][4] = {}, errors[4][4] = {};
@@ -95,6 +92,14 @@ __global__ void __launch_bounds__(threads) linear_plain_kernel(Linear args) {
       const float bias = args.bias ? args.bias[rows.expert * args.P + p] : 0.0f;
       store_float(args.Y, row * args.P + p, args.dtype, sums[i][j] + bias);
     }
+}
+
+__global__ void __launch_bounds__(threads) linear_plain_kernel(Linear args) {
+  for (uint32_t index = blockIdx.x;; index += gridDim.x) {
+    const Place place = place_of(args.rows, index, tile, args.P, tile);
+    if (place.rows.first >= place.rows.end) return;
+    multiply_tile(args, place.rows, place.strip * tile);
+  }
 }
 
 // Zeros the rows of no group.
@@ -181,9 +186,7 @@ void linear(const Linear& given, const Stream& stream) {
   if (!four_bit && args.W.dense == nullptr) args.Q = 0;  // adapters alone
   const Choice choice = pick(args, hopper_in_use(), decoding_in_use());
   if (choice.kernel == Choice::plain) {
-    launch("linear", linear_plain_kernel,
-           {static_cast<unsigned>(args.rows.most_tiles(tile)), static_cast<unsigned>(ceil_div(args.P, tile)), 1},
-           threads, 2 * step * (tile + 1) * 4, stream, args);
+    launch_tiles("linear", linear_plain_kernel, tile, tile, 1, threads, 2 * step * (tile + 1) * 4, stream, args);
     return;
   }
   const bool narrows = args.dtype == DType::f32;

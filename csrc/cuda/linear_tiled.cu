@@ -33,19 +33,15 @@ struct Codes {
 };
 
 template <class T, int tile_rows, bool straight, bool four_bit>
-__global__ void __launch_bounds__(threads) linear_kernel(Linear args, bool aligned_X, bool aligned_W) {
+__device__ __forceinline__ void multiply_tile(Linear& args, Tile& rows, int64_t column, bool aligned_X,
+                                              [[maybe_unused]] bool aligned_W, char* shared,
+                                              [[maybe_unused]] const float* codebook) {
   constexpr int warps_down = tile_rows == 128 ? 2 : 1, warps_across = 8 / warps_down;
   constexpr int warp_rows = tile_rows / warps_down, warp_columns = columns / warps_across;
   constexpr int row_fragments = warp_rows / 16, column_fragments = warp_columns / 8;
-  Tile rows = tile_of(args.rows, blockIdx.x, tile_rows);
-  if (rows.first >= rows.end) return;
   const Part part = part_of((args.Q + depth - 1) / depth, args, rows);
-  const int64_t column = blockIdx.y * int64_t{columns};
   const int lane = threadIdx.x % lanes, warp = threadIdx.x / lanes, g = lane / 4, t = lane % 4;
   const int row_of_warp = warp / warps_across * warp_rows, column_of_warp = warp % warps_across * warp_columns;
-  char* shared = shared_memory<char>();
-  float* codebook = reinterpret_cast<float*>(shared + stages * stage_bytes<tile_rows>);
-  if constexpr (four_bit) fill_codebook(args.W.fourbit.type, codebook);
 
   float sums[row_fragments][column_fragments][4] = {};
 
@@ -166,13 +162,25 @@ __global__ void __launch_bounds__(threads) linear_kernel(Linear args, bool align
 }
 
 template <class T, int tile_rows, bool straight, bool four_bit>
+__global__ void __launch_bounds__(threads) linear_kernel(Linear args, bool aligned_X, bool aligned_W) {
+  char* shared = shared_memory<char>();
+  float* codebook = reinterpret_cast<float*>(shared + stages * stage_bytes<tile_rows>);
+  if constexpr (four_bit) fill_codebook(args.W.fourbit.type, codebook);
+  for (uint32_t index = blockIdx.x;; index += gridDim.x) {
+    Place place = place_of(args.rows, index, tile_rows, args.P, columns);
+    if (place.rows.first >= place.rows.end) return;
+    __syncthreads();  // the codebook is there, and nobody is still at the tile before
+    multiply_tile<T, tile_rows, straight, four_bit>(args, place.rows, place.strip * columns, aligned_X, aligned_W,
+                                                    shared, codebook);
+  }
+}
+
+template <class T, int tile_rows, bool straight, bool four_bit>
 void launch_tiled(const Linear& args, int64_t splits, const Stream& stream) {
-  const dim3 grid{static_cast<unsigned>(args.rows.most_tiles(tile_rows)),
-                  static_cast<unsigned>(ceil_div(args.P, columns)), static_cast<unsigned>(splits)};
   static_assert(LowRankTerm<tile_rows, columns, threads>::bytes <= stages * stage_bytes<tile_rows>);
-  launch("linear", linear_kernel<T, tile_rows, straight, four_bit>, grid, threads,
-         stages * stage_bytes<tile_rows> + (four_bit ? codebook_bytes : 0), stream, args, in_16_bytes(args.X, args.ldx),
-         in_16_bytes(args.W.dense, args.W.ld));
+  launch_tiles("linear", linear_kernel<T, tile_rows, straight, four_bit>, tile_rows, columns, splits, threads,
+               stages * stage_bytes<tile_rows> + (four_bit ? codebook_bytes : 0), stream, args,
+               in_16_bytes(args.X, args.ldx), in_16_bytes(args.W.dense, args.W.ld));
 }
 
 template <class T, int tile_rows>

@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from peftfast.nn import Linear4bit, Linear8bit
 from peftfast.ops import eightbit, fourbit, lora
-from peftfast.ops.lora import DTYPES, KERNEL_DEVICES
+from peftfast.ops.devices import why_no_kernel
+from peftfast.ops.lora import DTYPES
 
 ACTIVATIONS = {
     nn.SiLU: "silu",
@@ -42,9 +43,7 @@ class Dense:
             return f"its base weight is a {type(weight).__name__}"
         if weight.requires_grad:
             return "its base weight is trained too"
-        if weight.device.type not in KERNEL_DEVICES:
-            return f"there is no kernel for {weight.device.type} yet"
-        return None
+        return why_no_kernel(weight.device)
 
     def why_not_dtype(self, base: nn.Module, x: Tensor, autocast: torch.dtype | None) -> str | None:
         dtype = base.weight.dtype
@@ -74,10 +73,7 @@ class Quantized:
         for name, tensor in (("base weight", base.weight), ("bias", base.bias)):
             if not (tensor is None or is_plain_tensor(tensor)):
                 return f"its {name} is a {type(tensor).__name__}"
-        device = self.device(base)
-        if device.type not in KERNEL_DEVICES:
-            return f"there is no kernel for {device.type} yet"
-        return None
+        return why_no_kernel(self.device(base))
 
     def why_not_dtype(self, base: nn.Module, x: Tensor, autocast: torch.dtype | None) -> str | None:
         return None if x.dtype in DTYPES else f"its input is {x.dtype}"

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from peftfast.integrations.bases import KINDS, autocast_dtype, is_plain_tensor, why_not_input
 from peftfast.integrations.forwards import last_fallback, stand_in, why_not_reached
 from peftfast.ops import fourbit
-from peftfast.ops.lora import DTYPES, KERNEL_DEVICES
+from peftfast.ops.devices import why_no_kernel
+from peftfast.ops.lora import DTYPES
 from peftfast.reference import FOURBIT_BLOCKSIZES, FOURBIT_CODEBOOKS, FourBitWeight, NestedAbsmax
 
 NAME = "bitsandbytes"
@@ -76,8 +77,8 @@ class Bitsandbytes4bit:
         if getattr(state, "packing_format_for_cpu", False):
             return "bitsandbytes has repacked its weight for inference"
         packed, shape = _bytes(weight), (base.out_features, base.in_features)
-        if packed.device.type not in KERNEL_DEVICES:
-            return f"there is no kernel for {packed.device.type} yet"
+        if reason := why_no_kernel(packed.device):
+            return reason
         if tuple(state.shape) != shape:
             return f"its weight was quantized in shape {list(state.shape)}, it is {list(shape)}"
         if packed.nbytes != (shape[0] * shape[1] + 1) // 2:

@@ -35,7 +35,7 @@ from peftfast.nn.fourbit import (
 from peftfast.nn.moe import Routing
 from peftfast.nn.quantized import QuantizedLayer
 from peftfast.ops import EightBitWeight, FourBitWeight, fourbit_dequantize, fourbit_quantize
-from peftfast.ops.devices import KERNEL_DEVICES, host_reads
+from peftfast.ops.devices import host_reads, why_no_kernel
 from peftfast.ops.lora import DTYPES, name_of
 from peftfast.ops.rowwise import call_swiglu
 
@@ -206,8 +206,8 @@ def why_not(experts: nn.Module) -> str | None:
             continue
         if weight.requires_grad and torch.is_grad_enabled():
             return f"its {name} is trained too"
-        if weight.device.type not in KERNEL_DEVICES:
-            return f"there is no kernel for {weight.device.type} yet"
+        if reason := why_no_kernel(weight.device):
+            return reason
         if weight.dtype not in DTYPES or weight.dim() != 3:
             return f"its {name} is {weight.dtype} in {list(weight.shape)}"
     return None

@@ -28,7 +28,7 @@ from peftfast import reference
 from peftfast.integrations import forwards
 from peftfast.integrations.bases import is_plain, is_plain_tensor, name_of_activation, why_not_mode
 from peftfast.integrations.forwards import last_fallback, stand_in, subclasses, why_not_reached
-from peftfast.ops.devices import KERNEL_DEVICES
+from peftfast.ops.devices import why_no_kernel
 from peftfast.ops.lora import DTYPES
 from peftfast.ops.rowwise import call_rms_norm, call_swiglu
 
@@ -245,8 +245,7 @@ def _why_not_tensors(tensors: list[Tensor]) -> str | None:
             return f"its input or weight is {tensor.dtype}"
         if tensor.device != tensors[0].device:
             return f"its input is on {tensors[0].device}, its weight on {tensor.device}"
-    device = tensors[0].device.type
-    return None if device in KERNEL_DEVICES else f"there is no kernel for {device} yet"
+    return why_no_kernel(tensors[0].device)
 
 
 # ---- what a class computes ------------------------------------------------------------------------------

@@ -23,29 +23,51 @@ def cuda_state() -> str:
     if not _C.cuda.startswith("built") or not torch.cuda.is_available():
         return _C.cuda if not _C.cuda.startswith("built") else f"{_C.cuda}; not loaded: torch sees no GPU"
     try:
-        # One that serves is enough: calls on another are refused by the kernels, which name it.
-        capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-        if max(capabilities) < LEAST_CAPABILITY:
-            best = capabilities.index(max(capabilities))
-            return (
-                f"{_C.cuda}; not loaded: {torch.cuda.get_device_name(best)} has compute capability "
-                f"{capabilities[best][0]}.{capabilities[best][1]}, and the kernels need "
-                f"{LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]}"
-            )
+        best = max(range(torch.cuda.device_count()), key=torch.cuda.get_device_capability)
+        if too_old := _too_old(best):  # one that serves is enough; what is on another does not run on kernels
+            return f"{_C.cuda}; not loaded: {too_old}"
         torch.ops.load_library(Path(__file__).parent.parent / "_cuda.so")
     except (OSError, RuntimeError) as error:
         return f"{_C.cuda}; not loaded: {error}"
     return f"{_C.cuda}; loaded"
 
 
-class _KernelDevices:
-    """The types of devices that have kernels. Whether GPUs do is found out when one is asked for."""
+def _too_old(gpu: int) -> str | None:
+    """None, or why the kernels do not run on that GPU."""
+    capability = torch.cuda.get_device_capability(gpu)
+    if capability >= LEAST_CAPABILITY:
+        return None
+    has, need = (".".join(map(str, numbers)) for numbers in (capability, LEAST_CAPABILITY))
+    return f"{torch.cuda.get_device_name(gpu)} has compute capability {has}, and the kernels need {need}"
 
-    def __contains__(self, device: str) -> bool:
-        return device == "cpu" or (device == "cuda" and cuda_state().endswith("; loaded"))
+
+@functools.cache
+def _serves(gpu: int | None) -> bool:
+    return cuda_state().endswith("; loaded") and (gpu is None or _too_old(gpu) is None)
+
+
+@torch.compiler.assume_constant_result  # torch.compile would look into it, and could not go on
+def _gpu_has_kernels(gpu: int | None) -> bool:
+    return _serves(gpu)
+
+
+class _KernelDevices:
+    """The devices that have kernels, and their types. Whether GPUs do is found out when one is asked for."""
+
+    def __contains__(self, device: torch.device | str) -> bool:
+        kind, index = (device, None) if isinstance(device, str) else (device.type, device.index)
+        return kind == "cpu" or (kind == "cuda" and _gpu_has_kernels(index))
 
 
 KERNEL_DEVICES = _KernelDevices()
+
+
+def why_no_kernel(device: torch.device) -> str | None:
+    """None, or why nothing on `device` runs on kernels."""
+    if device in KERNEL_DEVICES:
+        return None
+    loaded = device.type == "cuda" and cuda_state().endswith("; loaded")
+    return _too_old(device.index) if loaded else f"there is no kernel for {device.type} yet"
 
 
 def host_reads(tensor: Tensor) -> bool:

@@ -193,7 +193,7 @@ def project_back(grad_y: Tensor, weight: EightBitWeight) -> Tensor:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor:
     """x W^T + bias, or x W, of a dense weight."""
-    if x.device.type in KERNEL_DEVICES and x.dtype in DTYPES:
+    if x.device in KERNEL_DEVICES and x.dtype in DTYPES:
         return lora.FORWARD(x, weight, bias, [], [], [], [], None, transposed)[0]
     return F.linear(x, weight.T if transposed else weight, None if bias is None else bias.to(x.dtype))
 

@@ -67,7 +67,7 @@ def fourbit_quantize(
         raise TypeError(f"weight must be float32, bfloat16 or float16, got {name_of(weight.dtype)}.")
     _check_format(quant_type, blocksize)
     weight = weight.detach()
-    if weight.device.type not in KERNEL_DEVICES:
+    if weight.device not in KERNEL_DEVICES:
         quantized = reference.fourbit_quantize(
             weight, quant_type=quant_type, blocksize=blocksize, nested=nested
         )
@@ -103,7 +103,7 @@ def fourbit_dequantize(weight: FourBitWeight, dtype: torch.dtype | None = None) 
     if dtype not in DTYPES:
         raise TypeError(f"dtype must be float32, bfloat16 or float16, got {name_of(dtype)}.")
     check_weight(weight)
-    if weight.packed.device.type not in KERNEL_DEVICES:
+    if weight.packed.device not in KERNEL_DEVICES:
         return reference.fourbit_dequantize(weight, dtype)
     count = math.prod(weight.shape)
     return DEQUANTIZE(*parts_of(weight), 1, count, DTYPES.index(dtype)).view(weight.shape)
@@ -144,7 +144,7 @@ def fourbit_embedding(ids: Tensor, weight: FourBitWeight, dtype: torch.dtype | N
     found = FourBitWeight(
         packed.view(-1), absmax.view(-1), (len(flat), columns), weight.dtype, weight.quant_type, blocksize
     )
-    if ids.device.type in KERNEL_DEVICES and blocksize in FOURBIT_BLOCKSIZES:
+    if ids.device in KERNEL_DEVICES and blocksize in FOURBIT_BLOCKSIZES:
         decoded = DEQUANTIZE(*parts_of(found), *found.shape, DTYPES.index(dtype))
     else:
         decoded = reference.fourbit_dequantize(found, dtype)
@@ -263,7 +263,7 @@ def call(
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
     lora_B, scaling = scale_into_B(lora_B, scaling)
-    if device not in KERNEL_DEVICES:
+    if x.device not in KERNEL_DEVICES:
         return reference.fourbit_linear(
             x, weight, lora_A, lora_B, scaling,
             bias=bias, dropout=dropout, seed=seed, compute_dtype=compute_dtype,

@@ -66,7 +66,7 @@ def call(x, weight, lora_A, lora_B, scaling, bias, dropout, transposed, seed=Non
         if bias is not None and bias.dtype != torch.float32:
             bias = bias.to(dtype)
     lora_B, scaling = scale_into_B(lora_B, scaling)
-    if device not in KERNEL_DEVICES:
+    if x.device not in KERNEL_DEVICES:
         return reference.lora_linear(
             x, weight, lora_A, lora_B, scaling, bias=bias, dropout=dropout, transposed=transposed, seed=seed
         )

@@ -291,7 +291,7 @@ def _run(task: _Task, hidden, weight, bias, low_rank, B, row_weights, wanted) ->
 
 
 def _has_kernel(logits: Tensor) -> bool:
-    return logits.device.type in KERNEL_DEVICES and logits.dtype in DTYPES
+    return logits.device in KERNEL_DEVICES and logits.dtype in DTYPES
 
 
 def _softmax(logits: Tensor, task: _Task, targets: Tensor, weights: Tensor, want_gradient: bool) -> Tensor:
@@ -332,7 +332,7 @@ def _products(
             lambda grad_y, x: eightbit.project_back(grad_y, weight),
         )
     if isinstance(weight, FourBitWeight):
-        if like.device.type in KERNEL_DEVICES and like.dtype in DTYPES:
+        if like.device in KERNEL_DEVICES and like.dtype in DTYPES:
             parts, compute = parts_of(weight), DTYPES.index(compute_dtype or like.dtype)
 
             def project(x):
@@ -346,7 +346,7 @@ def _products(
 
             return project, project_back
         weight = reference.fourbit_dequantize(weight, compute_dtype or like.dtype).to(like.dtype)
-    if like.device.type not in KERNEL_DEVICES or like.dtype not in DTYPES:
+    if like.device not in KERNEL_DEVICES or like.dtype not in DTYPES:
         bias = None if bias is None else bias.to(like.dtype)
         return lambda x: F.linear(x, weight, bias), lambda grad_y, x: grad_y @ weight
 

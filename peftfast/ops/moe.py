@@ -100,7 +100,7 @@ def call(
     places: int64 [T, times], where each row of x is among `rows`, when each is there as often.
     """
     x, weight, slots, lora_B, scaling = _as_computed(x, weight, experts, slots, lora_B, scaling)
-    if x.device.type not in KERNEL_DEVICES:
+    if x.device not in KERNEL_DEVICES:
         return reference.grouped_linear(
             x, weight, offsets, lora_A, lora_B, scaling, experts=experts, slots=slots, rows=rows,
             bias=bias, dropout=dropout, transposed=transposed, seed=seed, compute_dtype=compute_dtype,
@@ -124,7 +124,7 @@ def call_combined(
     if (
         torch.compiler.is_compiling()
         or not torch.is_grad_enabled()
-        or x.device.type not in KERNEL_DEVICES
+        or x.device not in KERNEL_DEVICES
         or (bias is not None and bias.requires_grad)
     ):
         y = call(
@@ -396,7 +396,7 @@ def _with_adapter(offsets: Tensor, slots: Tensor) -> list[slice] | None:
 
 def _sum_rows(grad: Tensor, rows: Tensor, places: Tensor | None, count: int) -> Tensor:
     """Row t of `count` is the sum of grad[i] over rows[i] = t, in fp32. places: as in `call`."""
-    if places is not None and grad.device.type in KERNEL_DEVICES:
+    if places is not None and grad.device in KERNEL_DEVICES:
         return COMBINE(grad.contiguous(), None, places)
     return _add_up(grad.float(), rows, count).to(grad.dtype)
 
@@ -444,7 +444,7 @@ def moe_combine(x: Tensor, weights: Tensor, places: Tensor) -> Tensor:
 
 def combine(x: Tensor, weights: Tensor, places: Tensor) -> Tensor:
     """`moe_combine` for a caller whose arguments are right: no checks but those that guard memory."""
-    if x.device.type not in KERNEL_DEVICES:
+    if x.device not in KERNEL_DEVICES:
         return reference.moe_combine(x, weights, places)
     return _Combine.apply(x, weights, places)
 

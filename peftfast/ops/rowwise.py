@@ -58,7 +58,7 @@ def swiglu(gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:
 
 def call_swiglu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """`swiglu` for a caller whose arguments are right: no checks but those that guard memory."""
-    if gate.device.type not in KERNEL_DEVICES:
+    if gate.device not in KERNEL_DEVICES:
         return reference.swiglu(gate, up, activation=activation)
     y = _dispatch(SWIGLU, _Swiglu, _rows(gate), _rows(up), NUMBERS[activation])
     return y.view(gate.shape)
@@ -136,7 +136,7 @@ def rms_norm(
 
 def call_rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float, cast_first: bool) -> Tensor:
     """`rms_norm` for a caller whose arguments are right: no checks but those that guard memory."""
-    if x.device.type not in KERNEL_DEVICES:
+    if x.device not in KERNEL_DEVICES:
         return reference.rms_norm(x, weight, eps, offset, cast_first=cast_first)
     y, _ = _dispatch(RMS_NORM, _RmsNorm, _rows(x), weight, eps, offset, cast_first)
     return y.view(x.shape)

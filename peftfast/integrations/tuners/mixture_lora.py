@@ -30,7 +30,8 @@ from peftfast.integrations.bases import is_plain
 from peftfast.integrations.experts import is_parallel
 from peftfast.integrations.tuners.registry import register, targeted
 from peftfast.nn.moe import Routing
-from peftfast.ops.lora import DTYPES, KERNEL_DEVICES, name_of
+from peftfast.ops.devices import why_no_kernel
+from peftfast.ops.lora import DTYPES, name_of
 
 NAME = "MIXTURE_LORA"
 # Variants of LoRA that there is no mixture of.
@@ -276,8 +277,7 @@ class MixtureLoraLayer(nn.Module, BaseTunerLayer):
 
     def why_not(self) -> str | None:
         """None, or the reason why the active adapter does not run on the operators."""
-        device = next(iter(self.lora_router.parameters())).device.type
-        return None if device in KERNEL_DEVICES else f"there is no kernel for {device} yet"
+        return why_no_kernel(next(iter(self.lora_router.parameters())).device)
 
     def forward(self, x: Tensor) -> Tensor:
         name = next((name for name in self.active_adapters if name in self.lora_router), None)
