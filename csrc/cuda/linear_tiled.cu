@@ -162,7 +162,8 @@ __device__ __forceinline__ void multiply_tile(Linear& args, Tile& rows, int64_t 
 }
 
 template <class T, int tile_rows, bool straight, bool four_bit>
-__global__ void __launch_bounds__(threads) linear_kernel(Linear args, bool aligned_X, bool aligned_W) {
+__global__ void __launch_bounds__(threads, tile_rows == 128 ? 1 : 2)
+    linear_kernel(Linear args, bool aligned_X, bool aligned_W) {
   char* shared = shared_memory<char>();
   float* codebook = reinterpret_cast<float*>(shared + stages * stage_bytes<tile_rows>);
   if constexpr (four_bit) fill_codebook(args.W.fourbit.type, codebook);
