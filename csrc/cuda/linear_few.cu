@@ -5,8 +5,9 @@
 // row of W at a time (16 bytes, one scale) or 32 values in four pieces, and what it decodes is at once a fragment of
 // the tensor cores: which element of the reduction stands where does not matter, so long as X is read likewise.
 //
-// What W's codes cost is waiting for them. Each lane copies its own to shared memory, four runs ahead, and nobody else
-// reads them there: the bytes on their way take no registers, and no barrier parts them from their use.
+// What W's codes cost is waiting for them. Each lane copies its own to shared memory, two runs ahead, and nobody else
+// reads them there: the bytes on their way take no registers, and no barrier parts them from their use. A third run
+// ahead would take the place of a block that runs beside this one.
 #include <type_traits>
 
 #include "epilogue.cuh"
@@ -20,12 +21,13 @@ constexpr int run = 32;  // of the reduction, for one lane
 static_assert(few_depth == warps * 4 * run);
 
 // A run of each of four columns, on its way to a lane: stages of [column][thread].
-constexpr int column_fragments = columns / 8, stages = 4;
+constexpr int column_fragments = columns / 8, stages = 3;
 struct Codes {
   uint4 (*words)[column_fragments][threads];
   float (*scales)[column_fragments][threads];
 };
 constexpr int64_t codes_bytes = stages * column_fragments * threads * (16 + 4);
+static_assert(codes_bytes + codebook_bytes + 64 * (columns + 1) * 4 <= 99 * 1024);  // all that a block gets on sm_86
 
 template <class T, int row_tiles, bool four_bit>
 __device__ __forceinline__ void multiply_tile(Linear& args, Tile& rows, int64_t column, bool aligned_X,
