@@ -1,8 +1,9 @@
 """The GPU kernels, where there is a GPU; and what can be said of them without one.
 
 The operators' own tests (test_lora, test_fourbit, test_moe, test_rowwise) run on a GPU with `pytest --device cuda`, and
-with the kernels emulated on the CPU as .ci/run does it. Here is what is particular to the device, and PEFT's and
-bitsandbytes' layers on it.
+with the kernels emulated on the CPU as .ci/run does it. On a GPU so do those of parity with PEFT, transformers and
+bitsandbytes (test_nn, test_peft and the others that conftest names). Here is what is particular to the device, and the
+layers of these libraries on it in more dtypes.
 """
 
 import contextlib

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from bitsandbytes.functional import dequantize_4bit
+from conftest import generator
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,7 +50,9 @@ def fourbit(dtype):
 
 
 def bitsandbytes(dtype):
-    return bnb.nn.Linear4bit(INPUTS, OUTPUTS, compute_dtype=dtype, quant_type="nf4").to("cpu")
+    return bnb.nn.Linear4bit(INPUTS, OUTPUTS, compute_dtype=dtype, quant_type="nf4").to(
+        torch.get_default_device()
+    )
 
 
 LAYERS = {
@@ -110,7 +113,7 @@ def step(model, x, names):
     model.zero_grad()
     x = x.detach().requires_grad_()
     y = model(x, adapter_names=names)
-    grad_y = torch.randint(-64, 65, y.shape, generator=torch.Generator().manual_seed(5)) / 32
+    grad_y = torch.randint(-64, 65, y.shape, generator=generator(5)) / 32
     y.backward(grad_y.to(y.dtype))  # exact in every dtype
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {"output": y.detach(), "input": x.grad} | grads
@@ -208,7 +211,7 @@ def test_the_base_alone_is_not_touched():
 def test_autocast():
     model, names = adapted(), ORDERS["shuffled"]
     x = torch.randn(len(names), 5, INPUTS)
-    with torch.autocast("cpu", dtype=BF16):
+    with torch.autocast(x.device.type, dtype=BF16):
         stock = step(model, x, names)
         with peftfast.enabled(strict=True):
             ours = step(model, x, names)

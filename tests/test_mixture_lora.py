@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from bitsandbytes.functional import dequantize_4bit
+from conftest import generator
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from test_experts import same
 from torch import nn
@@ -80,7 +81,7 @@ def mixtures(model):
 
 
 def batch(padded=True):
-    ids = torch.randint(3, 61, (3, 11), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(3, 61, (3, 11), generator=generator(3))
     mask = torch.ones_like(ids)
     if padded:
         mask[1, 7:] = mask[2, 2:] = 0
@@ -197,9 +198,9 @@ def test_options_of_lora():
 def block_step(layer, x, forward, autocast=None):
     layer.zero_grad()
     x = x.detach().requires_grad_()
-    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+    with torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None):
         y = forward(x)
-    grad_y = torch.randint(-64, 65, y.shape, generator=torch.Generator().manual_seed(5)) / 32
+    grad_y = torch.randint(-64, 65, y.shape, generator=generator(5)) / 32
     y.backward(grad_y.to(y.dtype))
     grads = {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
     return {"output": y.detach(), "input": x.grad} | grads
@@ -245,7 +246,7 @@ def bitsandbytes(model):
             dense = getattr(block, name)
             layer = bnb.nn.Linear4bit(dense.in_features, dense.out_features, bias=True, compute_dtype=FP32)
             layer.load_state_dict(dense.state_dict())
-            setattr(block, name, layer.to("cpu"))
+            setattr(block, name, layer.to(torch.get_default_device()))
     model.is_loaded_in_4bit = True  # as transformers does
     return model
 

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import transformers
+from conftest import generator
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.helpers import disable_input_dtype_casting, rescale_adapter_scale
 from peft.tuners import lora
@@ -117,9 +118,7 @@ def build(architecture="llama", dtype=torch.float32, autocast_adapter_dtype=True
 
 
 def batch(architecture="llama", seed=3):
-    generator = torch.Generator("cpu").manual_seed(seed)
-    ids = torch.randint(3, VOCABULARY, (3, 11), generator=generator, device="cpu")
-    ids = ids.to(torch.get_default_device())
+    ids = torch.randint(3, VOCABULARY, (3, 11), generator=generator(seed))
     mask = torch.ones_like(ids)
     mask[1, 7:] = 0
     labels = ids[:, 0] % 2 if architecture == "bert" else ids
@@ -223,7 +222,7 @@ def train(model, architecture, autocast=None, steps=20):
     losses = []
     for i in range(steps):
         torch.manual_seed(i)
-        with torch.autocast("cpu", dtype=autocast) if autocast else nullcontext():
+        with torch.autocast(model.device.type, dtype=autocast) if autocast else nullcontext():
             loss = model(**batch(architecture, seed=i % 3)).loss
         optimizer.zero_grad()
         loss.backward()
@@ -1063,9 +1062,9 @@ def test_fourbit_step(dtype, compute_dtype, autocast):
     def results(layer, x, autocast=None):
         layer.zero_grad()
         x = x.detach().requires_grad_()
-        with torch.autocast("cpu", dtype=autocast) if autocast else nullcontext():
+        with torch.autocast(x.device.type, dtype=autocast) if autocast else nullcontext():
             y = layer(x)
-        grad_y = torch.randint(-64, 65, y.shape, generator=torch.Generator().manual_seed(5)) / 32
+        grad_y = torch.randint(-64, 65, y.shape, generator=generator(5)) / 32
         y.backward(grad_y.to(y.dtype))  # exact in every dtype
         factors = {name: p.grad for name, p in layer.named_parameters() if "lora" in name}
         return {"output": y.detach(), "input": x.grad} | factors

@@ -463,7 +463,7 @@ def unpack_state(state: Mapping[str, Tensor], shape: tuple[int, int], name: str 
     for entry in PLAIN_ENTRIES + NESTED_ENTRIES if is_nested else PLAIN_ENTRIES:
         if entry not in state:
             raise ValueError(f"{name}{entry} is missing.")
-    codebook = torch.tensor(FOURBIT_CODEBOOKS[quant_type])
+    codebook = torch.tensor(FOURBIT_CODEBOOKS[quant_type], device="cpu")
     quant_map = state[".quant_map"].cpu().float()
     # Not to the last bit: there are checkpoints with rounded values, which bitsandbytes reads as the exact ones too.
     if quant_map.shape != codebook.shape or not torch.allclose(quant_map, codebook, rtol=0, atol=1e-3):
