@@ -217,6 +217,13 @@ def test_the_state_dict_is_bitsandbytes_own(shape, options):
         assert torch.equal(empty.dequantize(), ours.dequantize()) and ours.dequantize().dtype == dtype
 
 
+def test_a_state_dict_loads_whatever_the_default_device_is():
+    state, empty = Linear4bit.from_linear(nn.Linear(64, 17)).state_dict(), Linear4bit(64, 17)
+    with torch.device("meta"):
+        empty.load_state_dict(state)
+    assert_same_state(empty.state_dict(), state)
+
+
 @pytest.mark.parametrize("options", FORMATS, ids=str)
 def test_bitsandbytes_reads_the_state_dict(options):
     bitsandbytes = pytest.importorskip("bitsandbytes")
