@@ -330,6 +330,17 @@ def test_command_prints_a_table_and_json(llama, capsys):
     assert [way["changes"] for way in record["choices"]] == [{"checkpointing": False}, {}]
 
 
+@pytest.mark.parametrize("takes, planned", [(512, 512), (1024, 1024), (2048, 1024)])
+def test_sequence_is_by_default_one_that_the_model_takes(tmp_path, takes, planned):
+    LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=takes,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    found = plan(PlanSettings(str(tmp_path)))
+    assert found.settings.sequence_len == planned
+    assert found.memory == plan(PlanSettings(str(tmp_path), sequence_len=planned)).memory
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [

@@ -61,7 +61,9 @@ class PlanSettings:
     ] = None
     micro_batch_size: Annotated[int, Option(help="Sequences per forward pass.")] = 1
     gradient_accumulation_steps: Annotated[int, Option(help="Forward passes per optimizer step.")] = 1
-    sequence_len: Annotated[int, Option(help="Tokens per sequence.")] = 1024
+    sequence_len: Annotated[
+        int | None, Option(help="Tokens per sequence; by default 1024, or all that the model takes.")
+    ] = None
     checkpointing: Annotated[
         bool, Option("--checkpointing/--no-checkpointing", help="Run each layer again in backward.")
     ] = True
@@ -82,7 +84,7 @@ class PlanSettings:
         if self.method not in METHODS:
             raise UserError(f"--method is one of {', '.join(METHODS)} here, not {self.method!r}.")
         same = {field.name for field in dataclasses.fields(TrainSettings)}
-        given = {name: value for name, value in dataclasses.asdict(self).items() if name in same}
+        given = {name: value for name, value in vars(self).items() if name in same and value is not None}
         return TrainSettings(**given, data=Path(), out=Path())
 
 
@@ -189,7 +191,9 @@ def plan(settings: PlanSettings, gpu: str | None = None, reserve: str = "1GB") -
     settings.to_train()
     config = load_config(settings.model, told_by="")
     most = getattr(config.get_text_config(), "max_position_embeddings", None) or MOST_TOKENS
-    if settings.sequence_len > most:
+    if settings.sequence_len is None:
+        settings = dataclasses.replace(settings, sequence_len=min(TrainSettings.sequence_len, most))
+    elif settings.sequence_len > most:
         raise UserError(f"--sequence-len {settings.sequence_len}: the model takes {most} tokens at most.")
     runs: dict[str, _Run] = {}
 
