@@ -258,7 +258,7 @@ def _speed_bar(
             if reason := found[rival].get("skipped"):
                 gaps += 1
                 estimate = found[rival].get("estimate_ms")
-                about = f", about {estimate / 1e3:.3g} s by extrapolation" if estimate else ""
+                about = f", about {estimate / 1e3:.3g} s" if estimate else ""
                 seen.append(f"{where} {found[ours]['median_ms']:.4g} ms; {rival} skipped ({reason}{about})")
             else:
                 checks.append(found[ours]["speedup"][rival] >= bar)

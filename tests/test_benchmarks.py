@@ -1,6 +1,7 @@
 """What the benchmarks time on a GPU is what its acceptance bars ask for, and the bars tell fast from slow."""
 
 import importlib
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -83,3 +84,28 @@ def test_a_rival_that_did_not_run_gives_no_verdict(bench, monkeypatch):
     skipped = CONTENDERS[bench.__name__.removeprefix("bench_")][1][:1]
     rows = made_up(bench, points_of(bench, monkeypatch), 10.0, 0.9, skipped)
     assert bench.gpu_acceptance(rows)[0]["verdict"] == "not measurable here"
+
+
+def test_a_rival_that_takes_too_long_is_not_called_again_and_again(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    record = importlib.import_module("record")
+    calls = {"slow": [], "slow at first": [], "ours": []}
+
+    def contender(name, ours=False):
+        def run():
+            calls[name].append(None)
+            if name != "slow at first" or len(calls[name]) == 1:
+                time.sleep(0.3)
+
+        return record.Contender(run, flops=1.0, bytes_moved=1.0, ours=ours)
+
+    row = record.measure(
+        {"dtype": "fp32"},
+        {"slow": contender("slow"), "slow at first": contender("slow at first"), "ours": contender("ours", ours=True)},
+        {"fp32": {"flops_per_second": 1.0}, "bandwidth": {"bytes_per_second": 1.0}},
+        cap=0.25, budget=0.0,
+    )  # fmt: skip
+    found = row["implementations"]
+    assert found["slow"]["skipped"] == "> 0.25 s a call" and found["slow"]["estimate_ms"] >= 300
+    assert len(calls["slow"]) == 2 and len(calls["ours"]) > 2
+    assert list(found["ours"]["speedup"]) == ["slow at first"]
