@@ -94,7 +94,7 @@ struct Machine {
   std::minstd_rand random;
 };
 
-thread_local Machine machine;
+Machine machine;
 
 int next_ready(bool polling, bool slow) {  // the next fiber that can run, of those too where it says so; or -1
   Machine& m = machine;
