@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -68,11 +69,12 @@ def contenders(point: Point, device: str) -> dict[str, Contender]:
     def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if mask is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
-        return F.scaled_dot_product_attention(q, *repeated(k, v), mask)
+        return F.scaled_dot_product_attention(q, *repeated(k, v), mask[..., : q.shape[2], : k.shape[2]])
 
     def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = repeated(k, v)
-        scores = (q @ k.transpose(2, 3) * point.features**-0.5).masked_fill(~seen, torch.finfo(dtype).min)
+        unseen = ~seen[: q.shape[2], : k.shape[2]]
+        scores = (q @ k.transpose(2, 3) * point.features**-0.5).masked_fill(unseen, torch.finfo(dtype).min)
         return torch.softmax(scores, dim=-1, dtype=torch.float32).to(dtype) @ v
 
     def repeated(*of_keys: Tensor) -> tuple[Tensor, ...]:
@@ -80,15 +82,24 @@ def contenders(point: Point, device: str) -> dict[str, Contender]:
         return tuple(x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in of_keys)
 
     def contender(function: Callable, ours: bool = False) -> Contender:
-        leaves = [x.detach().requires_grad_(backward) for x in (q, k, v)]
         products = 7 if backward else 2
 
-        def call() -> Any:
-            y = function(*leaves)
-            return torch.autograd.grad(y, leaves, grad) if backward else y
+        def leaves_of(tokens: int) -> list[Tensor]:
+            parts = q[:, :, :tokens], *(x[:, :, : tokens + point.prefix] for x in (k, v))
+            return [x.detach().requires_grad_(backward) for x in parts]
 
+        def call_on(leaves: list[Tensor]) -> Callable:
+            def call() -> Any:
+                y = function(*leaves)
+                return torch.autograd.grad(y, leaves, grad[:, :, : y.shape[2]]) if backward else y
+
+            return call
+
+        leaves = leaves_of(point.tokens)
         return Contender(
-            run=call,
+            run=call_on(leaves),
+            shrunk=lambda scores: call_on(leaves_of(math.isqrt(scores))),
+            rows=point.tokens**2,
             flops=products * 2 * point.batch * point.heads * point.features * int(seen.sum()),
             bytes_moved=(3 if backward else 1) * 2 * (q.numel() + k.numel()) * dtype.itemsize,
             ours=ours,

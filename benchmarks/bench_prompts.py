@@ -106,12 +106,24 @@ def contenders(point: Point, device: str) -> dict[str, Contender]:
     def step() -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(forward(), parameters)
 
+    def shrunk(rows: int) -> Callable:
+        """The frozen model alone, on so many tokens: of a prompt there are never fewer than its own."""
+
+        def call() -> tuple[torch.Tensor, ...]:
+            few = ids.view(1, -1)[:, :rows]
+            inputs = base.get_input_embeddings()(few).detach().requires_grad_()
+            return torch.autograd.grad(base(inputs_embeds=inputs, labels=few).loss, inputs)
+
+        return call
+
     contender = partial(
         Contender,
         run=step,
         flops=2 * 2 * rows * weights,
         bytes_moved=2 * weights * DTYPES[point.dtype].itemsize,
         saved_bytes=lambda: bytes_saved_for_backward(forward, model.parameters()),
+        shrunk=shrunk,
+        rows=ids.numel(),
     )
     refused = "prefix tuning does not work with gradient checkpointing" if "prefix" in point.method else None
     return {
