@@ -153,13 +153,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = parser_of("prompts", __doc__, quick, cap=60.0, budget=60.0)
     add = parser.add_argument
     add("--method", nargs="+", choices=METHODS, default=["prefix", "prompt"])
-    add("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
+    add("--dtype", nargs="+", choices=DTYPES, help="default: bf16 and fp32; fp32 on a CPU without AVX-512")
     add("--samples", nargs="+", type=positive, default=[1, 4])
     add("--tokens", nargs="+", type=positive, default=[512], help="of a sample")
     add("--virtual", nargs="+", type=positive, default=[50, 200], help="virtual tokens")
     add("--layers", type=positive, default=4)
     add("--hidden", type=positive, default=2048)
     options = parsed(parser, arguments)
+    if options.dtype is None:
+        # The frozen layers are torch's own, whose step in bf16 takes an hour there.
+        slow = options.device == "cpu" and peftfast.build_info()["isa"] in ("avx2", "scalar")
+        options.dtype = ["fp32"] if slow else ["bf16", "fp32"]
     if options.quick:
         options.method, options.virtual, options.samples = ["prefix", "prompt"], [50], [4]
         options.tokens, options.layers, options.hidden = [512], 4, 2048
