@@ -242,8 +242,10 @@ def _draw_bars(path: Path, bars: dict[str, list[float]], title: str) -> None:
     # A mean may lie a rounding below the least of equal values.
     errors = [[max(0.0, length) for length in side] for side in (below, above)]
     drawn = axes.barh(range(len(bars)), means, xerr=errors, color="tab:blue", ecolor="tab:gray", capsize=2)
-    axes.bar_label(drawn, [f"{mean:.3g}" for mean in means], padding=4, fontsize=8)
-    axes.margins(x=0.08)
+    # Three digits of 1350 would be written as 1.35e+03, as far as into the frame.
+    labels = [f"{mean:.3g}" if mean < 999.5 else f"{mean:.0f}" for mean in means]
+    axes.bar_label(drawn, labels, padding=4, fontsize=8)
+    axes.margins(x=0.12)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(bars)), list(bars))
     axes.invert_yaxis()
