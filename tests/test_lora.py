@@ -26,6 +26,7 @@ from peftfast.testing import assert_as_accurate
 
 FORWARD = torch.ops.peftfast.lora_linear.default
 BACKWARD = torch.ops.peftfast.lora_linear_backward.default
+LINEAR_INTO = torch.ops.peftfast.linear_into.default
 DTYPES = {  # of x and the weight, and of the adapters
     "fp32": (torch.float32, torch.float32),
     "bf16": (torch.bfloat16, torch.bfloat16),
@@ -1017,3 +1018,30 @@ def test_the_registered_op_stays_inside_its_memory(change):
     )
     with pytest.raises(RuntimeError):
         FORWARD(*operands(p))
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@by_dtype
+def test_linear_into(dtypes, bias):
+    """The product alone, in memory that the caller has: the bits of the operator that allocates its own."""
+    for M in (0, 1, 13, 50):
+        p = problem((M, 40, 30, 4), dtypes, bias=bias)
+        y = p.x.new_full((M + 2, 30), 7)
+        assert LINEAR_INTO(y[1:-1], p.x, p.weight, p.bias) is None
+        assert torch.equal(y[1:-1], FORWARD(p.x, p.weight, p.bias, [], [], [], [], None, False)[0])
+        assert (y[0] == 7).all() and (y[-1] == 7).all()
+    opcheck(LINEAR_INTO, (y[1:-1], p.x, p.weight, p.bias))
+
+
+@pytest.mark.parametrize("wrong", ["rows", "columns", "strides", "dtype"])
+def test_linear_into_stays_inside_its_memory(wrong):
+    p = problem((13, 40, 30, 4), DTYPES["fp32"])
+    y = {
+        "rows": p.x.new_empty(12, 30),
+        "columns": p.x.new_empty(13, 31),
+        "strides": p.x.new_empty(30, 13).T,
+        "dtype": p.x.new_empty(13, 30).half(),
+    }[wrong]
+    with pytest.raises(RuntimeError, match="y (has shape|must)"):
+        LINEAR_INTO(y, p.x, p.weight, None)

@@ -83,13 +83,14 @@ struct Layer {
   Groups groups;
 };
 
-// x [M, K] -> (y [M, N], u [M, R] fp32)
+// x [M, K] -> (y [M, N], u [M, R] fp32), y in `into` if there is one
 inline std::tuple<Tensor, Tensor> forward(const Host& host, const Tensor& x, const Layer& layer, const float* bias,
-                                          const AdapterList& adapters, const std::optional<Tensor>& seed) {
+                                          const AdapterList& adapters, const std::optional<Tensor>& seed,
+                                          const std::optional<Tensor>& into = {}) {
   const int64_t M = x.size(0);
   check_matrix(x, "x", M, layer.K);
   const Tensor X = with_contiguous_rows(x);
-  Tensor y = empty({M, layer.N}, x.scalar_type()), u = empty({M, adapters.rank}, ScalarType::Float);
+  Tensor y = into ? *into : empty({M, layer.N}, x.scalar_type()), u = empty({M, adapters.rank}, ScalarType::Float);
   kernels::lora_linear({.M = M,
                         .N = layer.N,
                         .K = layer.K,

@@ -19,6 +19,7 @@ STABLE_TORCH_LIBRARY(peftfast, library) {
       "lora_linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor[] lora_A, Tensor[] lora_B, Tensor u, "
       "float[] scaling, float[] dropout, Tensor? seed, bool transposed, bool want_x, bool[] want_A, bool[] want_B) "
       "-> (Tensor grad_x, Tensor[] grad_A, Tensor[] grad_B)");
+  library.def("linear_into(Tensor(a!) y, Tensor x, Tensor weight, Tensor? bias) -> ()");
 
   // A 4-bit weight is given by its parts; the three optional ones say how an absmax of 8-bit codes is read.
   const std::string weight =

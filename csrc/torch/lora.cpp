@@ -1,4 +1,4 @@
-// peftfast::lora_linear and its backward: from tensors to the kernels' arguments.
+// peftfast::lora_linear, its backward and linear_into: from tensors to the kernels' arguments.
 #include "lora.h"
 
 #include <optional>
@@ -53,11 +53,24 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_linear_backwar
   return backward(host, grad_y, x, base, adapters, u, seed, want_x, want_A, want_B);
 }
 
+// y [M, N] = x [M, K] W^T + bias, where the caller has the memory of y: a large new one is paid for by the page.
+void linear_into_op(const Tensor& y, const Tensor& x, const Tensor& weight, std::optional<Tensor> bias) {
+  const Host host(x);
+  STD_TORCH_CHECK(x.dim() == 2, "x must have 2 dimensions here, got ", x.dim(), ".");
+  const Dense base(x, weight, false);
+  check_matrix(y, "y", x.size(0), base.N);
+  check_dtype(y, "y", x.scalar_type(), "x");
+  STD_TORCH_CHECK(y.is_contiguous(), "y must be contiguous: it is overwritten.");
+  forward(host, x, base, Bias(bias, {base.N}).data(), AdapterList({}, {}, {}, {}, base.K, base.N, dtype_of(x, "x")), {},
+          y);
+}
+
 }  // namespace
 
 void register_lora(torch::stable::detail::StableLibrary& library) {
   library.impl("lora_linear", TORCH_BOX(&lora_linear_op));
   library.impl("lora_linear_backward", TORCH_BOX(&lora_linear_backward_op));
+  library.impl("linear_into", TORCH_BOX(&linear_into_op));
 }
 
 }  // namespace peftfast

@@ -27,15 +27,16 @@ from peftfast.ops.lora import (
 )
 from peftfast.reference import as_list
 
-# Bytes of logits that exist at a time. Each chunk packs the head's weight again: in fp32, 64 MiB of a vocabulary of
-# 128 256 take a tenth more time on the CPU than 96, and 112 hardly less.
-CHUNK_BYTES, CHUNK_BYTES_CPU = 256 << 20, 96 << 20
+# Bytes of logits that exist at a time, at most. Each chunk packs the head's weight again: in fp32, 64 MiB of a
+# vocabulary of 128 256 take a tenth more time on the CPU than 96, and 112 a few percent less.
+CHUNK_BYTES, CHUNK_BYTES_CPU = 256 << 20, 112 << 20
 # Rows of logits that are widened at a time, where the head's adapters are added to them.
 BLOCK_BYTES_CPU = 2 << 20
 # Columns of the vocabulary whose weight gradient is added to at a time: their logits are widened for it.
 PANEL = 8192
 
 CROSS_ENTROPY = torch.ops.peftfast.cross_entropy.default
+LINEAR_INTO = torch.ops.peftfast.linear_into.default
 
 
 def linear_cross_entropy(
@@ -249,7 +250,8 @@ def _run(task: _Task, hidden, weight, bias, low_rank, B, row_weights, wanted) ->
 
     on_cpu = device_type(hidden) == "cpu"
     budget = CHUNK_BYTES_CPU if on_cpu else CHUNK_BYTES
-    chunk = max(1, budget // (vocabulary * hidden.element_size()))
+    most = max(1, budget // (vocabulary * hidden.element_size()))
+    chunk = max(1, math.ceil(count / max(1, math.ceil(count / most))))  # all of about the same size
     # The kernel widens what it reads; what adds to the logits needs them wide.
     in_place = _has_kernel(hidden) and B is None
     block = max(1, BLOCK_BYTES_CPU // (vocabulary * wide.itemsize)) if on_cpu and not in_place else chunk
@@ -325,7 +327,10 @@ def _products(
     like: Tensor,
     compute_dtype: torch.dtype | None,
 ) -> tuple[Callable, Callable]:
-    """x -> x W^T + bias, and (grad_y, x) -> grad_y W; for x like `like`, and below autograd."""
+    """x -> x W^T + bias, and (grad_y, x) -> grad_y W; for x like `like`, and below autograd.
+
+    What the first returns is overwritten by its next call.
+    """
     if isinstance(weight, EightBitWeight):
         return (
             lambda x: eightbit.project(x, weight, bias),
@@ -350,8 +355,17 @@ def _products(
         bias = None if bias is None else bias.to(like.dtype)
         return lambda x: F.linear(x, weight, bias), lambda grad_y, x: grad_y @ weight
 
+    memory = like.new_empty(
+        0, weight.shape[0]
+    )  # of all results, one after another: new pages cost a few percent
+
     def project(x):
-        return lora.FORWARD(x, weight, bias, [], [], [], [], None, False)[0]
+        nonlocal memory
+        if len(memory) < len(x):
+            memory = x.new_empty(len(x), weight.shape[0])
+        y = memory[: len(x)]
+        LINEAR_INTO(y, x, weight, bias)
+        return y
 
     def project_back(grad_y, x):
         none = x.new_empty(len(x), 0, dtype=torch.float32)
@@ -418,6 +432,11 @@ def _check(
         check_number(softcap, "softcap")
         if not softcap > 0:
             raise ValueError(f"softcap is {softcap}, expected a number above 0 or None.")
+
+
+@torch.library.register_fake("peftfast::linear_into")
+def _(y, x, weight, bias):
+    return None
 
 
 @torch.library.register_fake("peftfast::cross_entropy")

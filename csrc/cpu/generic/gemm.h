@@ -294,33 +294,39 @@ PEFTFAST_INLINE void prefetch_row(const T* row, int64_t columns) {
   for (int64_t p = 0; p < columns; p += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + p);
 }
 
-// From W whose columns are contiguous, element (q, p) at w[q * ldw + p].
+// From W whose columns are contiguous, element (q, p) at w[q * ldw + p]. The sub-panels lie as far apart as the ways of
+// a cache: some rows at a time are written to one before the next, and no more than L1 has ways for, since they share
+// its sets too.
 template <class Mode, class T>
 void pack_straight(const T* w, int64_t ldw, int64_t columns, int64_t Q, typename Mode::Panel* panel,
                    int64_t subpanel_size) {
   using S = typename Mode::S;
   constexpr bool pairs = std::is_same_v<typename Mode::Panel, uint32_t>;
   constexpr int64_t NR = Mode::columns, per_row = pairs ? 2 : 1;  // rows of W in one row of the panel
+  constexpr int64_t together = 4;
   const int64_t padded = (Q + Mode::unit - 1) / Mode::unit * Mode::unit;
-  for (int64_t q = 0; q < padded; q += per_row) {
-    for (int64_t i = 0; i < per_row; ++i) prefetch_row(w + std::min(q + i + rows_ahead, Q - 1) * ldw, columns);
-    for (int64_t p = 0; p < (columns + NR - 1) / NR * NR; p += S::width) {
-      auto* out = panel + p / NR * subpanel_size + q / per_row * NR + p % NR;
-      T values[per_row][S::width];
-      const T* row[per_row];
-      for (int64_t i = 0; i < per_row; ++i) {
-        const int64_t n = q + i < Q ? std::clamp<int64_t>(columns - p, 0, S::width) : 0;
-        row[i] = w + (q + i) * ldw + p;
-        if (n == S::width) continue;
-        std::memset(values[i], 0, sizeof(values[i]));
-        std::memcpy(values[i], row[i], n * sizeof(T));
-        row[i] = values[i];
-      }
-      if constexpr (pairs)
-        S::store_pairs(out, S::zip(row[0], row[1]));
-      else
-        S::store(out, S::load(row[0]));
-    }
+  for (int64_t begin = 0; begin < padded; begin += together) {
+    const int64_t end = std::min(begin + together, padded);
+    for (int64_t q = begin; q < end; ++q) prefetch_row(w + std::min(q + rows_ahead, Q - 1) * ldw, columns);
+    for (int64_t p = 0; p < columns; p += NR)
+      for (int64_t q = begin; q < end; q += per_row)
+        for (int64_t v = 0; v < NR; v += S::width) {
+          auto* out = panel + p / NR * subpanel_size + q / per_row * NR + v;
+          T values[per_row][S::width];
+          const T* row[per_row];
+          for (int64_t i = 0; i < per_row; ++i) {
+            const int64_t n = q + i < Q ? std::clamp<int64_t>(columns - p - v, 0, S::width) : 0;
+            row[i] = w + (q + i) * ldw + p + v;
+            if (n == S::width) continue;
+            std::memset(values[i], 0, sizeof(values[i]));
+            std::memcpy(values[i], row[i], n * sizeof(T));
+            row[i] = values[i];
+          }
+          if constexpr (pairs)
+            S::store_pairs(out, S::zip(row[0], row[1]));
+          else
+            S::store(out, S::load(row[0]));
+        }
   }
 }
 
