@@ -28,7 +28,7 @@ from peftfast.ops.lora import (
 from peftfast.reference import as_list
 
 # Bytes of logits that exist at a time, at most. Each chunk packs the head's weight again: in fp32, 64 MiB of a
-# vocabulary of 128 256 take a tenth more time on the CPU than 96, and 112 a few percent less.
+# vocabulary of 128 256 take a tenth more time on the CPU than 96. With 112, 2048 tokens need 4.3 % of eager's memory.
 CHUNK_BYTES, CHUNK_BYTES_CPU = 256 << 20, 112 << 20
 # Rows of logits that are widened at a time, where the head's adapters are added to them.
 BLOCK_BYTES_CPU = 2 << 20
@@ -355,9 +355,8 @@ def _products(
         bias = None if bias is None else bias.to(like.dtype)
         return lambda x: F.linear(x, weight, bias), lambda grad_y, x: grad_y @ weight
 
-    memory = like.new_empty(
-        0, weight.shape[0]
-    )  # of all results, one after another: new pages cost a few percent
+    # Of all results, one after another: new pages would cost a few percent of the product's time.
+    memory = like.new_empty(0, weight.shape[0])
 
     def project(x):
         nonlocal memory

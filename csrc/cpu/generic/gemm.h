@@ -294,9 +294,9 @@ PEFTFAST_INLINE void prefetch_row(const T* row, int64_t columns) {
   for (int64_t p = 0; p < columns; p += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + p);
 }
 
-// From W whose columns are contiguous, element (q, p) at w[q * ldw + p]. The sub-panels lie as far apart as the ways of
-// a cache: some rows at a time are written to one before the next, and no more than L1 has ways for, since they share
-// its sets too.
+// From W whose columns are contiguous, element (q, p) at w[q * ldw + p]. Sub-panels often lie a multiple of a cache's
+// way apart, and so do rows of W: both crowd into few of its sets. Some rows, fewer than L1 has ways, are written to
+// one sub-panel before the next.
 template <class Mode, class T>
 void pack_straight(const T* w, int64_t ldw, int64_t columns, int64_t Q, typename Mode::Panel* panel,
                    int64_t subpanel_size) {
