@@ -27,7 +27,7 @@ from peftfast.ops.lora import (
 )
 from peftfast.reference import as_list
 
-# Bytes of logits that exist at a time, at most. Each chunk packs the head's weight again: in fp32, 64 MiB of a
+# Bytes of logits that exist at a time. Each chunk packs the head's weight again: in fp32, 64 MiB of a
 # vocabulary of 128 256 take a tenth more time on the CPU than 96. With 112, 2048 tokens need 4.3 % of eager's memory.
 CHUNK_BYTES, CHUNK_BYTES_CPU = 256 << 20, 112 << 20
 # Rows of logits that are widened at a time, where the head's adapters are added to them.
@@ -250,8 +250,7 @@ def _run(task: _Task, hidden, weight, bias, low_rank, B, row_weights, wanted) ->
 
     on_cpu = device_type(hidden) == "cpu"
     budget = CHUNK_BYTES_CPU if on_cpu else CHUNK_BYTES
-    most = max(1, budget // (vocabulary * hidden.element_size()))
-    chunk = max(1, math.ceil(count / max(1, math.ceil(count / most))))  # all of about the same size
+    chunk = max(1, budget // (vocabulary * hidden.element_size()))
     # The kernel widens what it reads; what adds to the logits needs them wide.
     in_place = _has_kernel(hidden) and B is None
     block = max(1, BLOCK_BYTES_CPU // (vocabulary * wide.itemsize)) if on_cpu and not in_place else chunk
